@@ -1,0 +1,39 @@
+"""What tracking knows of a face in every frame."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float, Float64, UInt8
+from torch import Tensor
+
+from talk3d.types.camera import Camera
+
+
+@dataclass(frozen=True, kw_only=True)
+class FaceTrack:
+    """The face through t frames. All first axes are t."""
+
+    cameras: Camera
+    """The camera of each crop in the head space of the prior; smooth in time."""
+    head_pose: Float[Tensor, "t 3"]
+    """Yaw, pitch, roll of the head against the source camera in radians; 0 faces it."""
+    landmarks: Float[Tensor, "t n 2"]
+    """MediaPipe's face points (n 468 or 478) in pixels of the crop; pixel centres at half-integers."""
+    anchors: Float[Tensor, "t 6"]
+    """Nose bridge, left and right outer eye corner as x, y in [-1, 1] of the source frame, projected from the rigid pose, so speech cannot move them."""
+    blink: Float[Tensor, "t 1"]
+    """0 open … 1 shut."""
+    confidence: Float[Tensor, "t 1"]
+    """0 … 1; 0 where the face was not seen and the values are interpolated."""
+    crop: Float64[np.ndarray, "t 2 3"]
+    """Affine map from source pixels to crop pixels, pixel centres at half-integers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FaceMasks:
+    """Where the person is in every crop."""
+
+    person: UInt8[np.ndarray, "t h w"]
+    """Soft matte of head, neck and shoulders: 0 background … 255 person."""
+    source: str
+    """What made it."""
