@@ -1,0 +1,59 @@
+"""From cameras to rays, and from rays to the part of them that can see something."""
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from talk3d.types import Camera, Rays
+
+
+def camera_rays(camera: Camera, resolution: int, near: float, far: float) -> Rays:
+    """Rays through the pixel centres of a square picture, row-major, with unit directions.
+
+    Args:
+        camera: b cameras.
+        resolution: pixels a side.
+        near: distance at which sampling starts, scene units.
+        far: distance at which it ends.
+
+    Reference: EG3D (arXiv 2112.07945), ray sampler.
+    """
+    cam2world, k = camera.cam2world, camera.intrinsics
+    centres = (torch.arange(resolution, device=cam2world.device, dtype=cam2world.dtype) + 0.5) / resolution
+    w, u = torch.meshgrid(centres, centres, indexing="ij")
+    w, u = w.flatten(), u.flatten()
+    y = (w - k[:, 1, 2, None]) / k[:, 1, 1, None]
+    x = (u - k[:, 0, 2, None] - k[:, 0, 1, None] * y) / k[:, 0, 0, None]
+    local = torch.stack([x, y, torch.ones_like(x)], -1)  # b r 3
+    directions = torch.nn.functional.normalize(local @ cam2world[:, :3, :3].transpose(1, 2), dim=-1)
+    origins = cam2world[:, None, :3, 3].expand_as(directions)
+    span = torch.ones_like(directions[..., :1])
+    return Rays(origins=origins, directions=directions, near=near * span, far=far * span)
+
+
+def limit_to_occupied(rays: Rays, occupied: Bool[Tensor, "s s s"], box_warp: float, num_probes: int = 64) -> tuple[Rays, Bool[Tensor, "b r"]]:
+    """Shrink each ray's span to where it crosses occupied cells of the cube, and say which rays cross any.
+
+    Args:
+        rays: rays with a common near and far.
+        occupied: cells of the cube of side `box_warp`, indexed [z, y, x].
+        box_warp: side of the cube, scene units.
+        num_probes: equally spaced looks along each ray.
+
+    Returns:
+        The rays with tightened spans (unchanged where nothing is hit) and the hit mask.
+    """
+    side = occupied.shape[0]
+    step = (rays.far - rays.near) / num_probes
+    distances = rays.near + step * (torch.arange(num_probes, device=step.device) + 0.5)  # b r p
+    points = rays.origins.unsqueeze(-2) + distances.unsqueeze(-1) * rays.directions.unsqueeze(-2)
+    cells = ((points / box_warp + 0.5) * side).floor()
+    inside = ((cells >= 0) & (cells < side)).all(-1)
+    x, y, z = cells.clamp(0, side - 1).long().unbind(-1)
+    full = occupied[z, y, x] & inside  # b r p
+    hit = full.any(-1)
+    first = full.to(torch.uint8).argmax(-1, keepdim=True)
+    last = num_probes - 1 - full.flip(-1).to(torch.uint8).argmax(-1, keepdim=True)
+    near = torch.where(hit[..., None], rays.near + step * first, rays.near)
+    far = torch.where(hit[..., None], rays.near + step * (last + 1), rays.far)
+    return Rays(origins=rays.origins, directions=rays.directions, near=near, far=far), hit

@@ -1,0 +1,45 @@
+"""StyleGAN2's FIR up- and down-sampling in plain convolutions, so that nothing has to be compiled.
+
+The filter is outer([1, 3, 3, 1], [1, 3, 3, 1]) / 64 throughout. Must not import anything above `types`.
+"""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+_TAPS = (0.125, 0.375, 0.375, 0.125)
+
+
+def fir(x: Float[Tensor, "b c h w"], pad: tuple[int, int], gain: float = 1.0, stride: int = 1) -> Float[Tensor, "b c i j"]:
+    """Zero-pad by `pad` (before, after) on both axes, then correlate every channel with gain · filter, keeping the valid part.
+
+    Reference: StyleGAN2 (arXiv 1912.04958), upfirdn with the [1, 3, 3, 1] kernel.
+    """
+    channels = x.shape[1]
+    taps = torch.tensor(_TAPS, dtype=x.dtype, device=x.device)
+    rows = taps.view(1, 1, 4, 1).expand(channels, 1, 4, 1)
+    columns = (gain * taps).view(1, 1, 1, 4).expand(channels, 1, 1, 4)
+    x = F.pad(x, (*pad, *pad))
+    x = F.conv2d(x, rows, stride=(stride, 1), groups=channels)
+    return F.conv2d(x, columns, stride=(1, stride), groups=channels)
+
+
+def upsample2(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c i j"]:
+    """Double the sides: zeros inserted (sample first), FIR pad (2, 1), gain 4.
+
+    Equals out[2i] = (x[i-1] + 3 x[i]) / 4 and out[2i+1] = (3 x[i] + x[i+1]) / 4 on each axis with zeros outside, which is how it is computed.
+    """
+    for axis in (2, 3):
+        size = x.shape[axis]
+        pad = (1, 1, 0, 0) if axis == 3 else (0, 0, 1, 1)
+        padded = F.pad(x, pad)
+        before, after = padded.narrow(axis, 0, size), padded.narrow(axis, 2, size)
+        even, odd = 0.25 * before + 0.75 * x, 0.75 * x + 0.25 * after
+        x = torch.stack([even, odd], axis + 1).flatten(axis, axis + 1)
+    return x
+
+
+def downsample2(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c i j"]:
+    """Halve even sides: out[i] = (x[2i-1] + 3 x[2i] + 3 x[2i+1] + x[2i+2]) / 8 on each axis, zeros outside."""
+    return fir(x, (1, 1), stride=2)

@@ -1,0 +1,43 @@
+"""Named sizes of everything: TINY for tests, BUILTIN256 for what ships, FFHQ512 for the published networks."""
+
+from talk3d.models.generator import GeneratorConfig
+from talk3d.models.renderer import RendererConfig
+from talk3d.models.superresolution import SuperresolutionConfig
+
+TINY = GeneratorConfig(
+    z_dim=8,
+    c_dim=0,
+    channel_base=256,
+    channel_max=16,
+    renderer=RendererConfig(
+        w_dim=16,
+        plane_channels=4,
+        plane_resolution=32,
+        decoder_hidden=8,
+        feature_channels=8,
+        neural_rendering_resolution=16,
+        depth_resolution=6,
+        depth_resolution_importance=6,
+        superresolution=SuperresolutionConfig(input_side=16, channels=(8, 8), matte=True),
+    ),
+)
+
+BUILTIN256 = GeneratorConfig(
+    z_dim=128,
+    c_dim=0,
+    channel_base=8192,
+    channel_max=256,
+    renderer=RendererConfig(
+        w_dim=256,
+        plane_channels=24,
+        plane_resolution=128,
+        decoder_hidden=32,
+        feature_channels=32,
+        neural_rendering_resolution=64,
+        depth_resolution=24,
+        depth_resolution_importance=24,
+        superresolution=SuperresolutionConfig(input_side=64, channels=(32, 16), matte=True),
+    ),
+)
+
+FFHQ512 = GeneratorConfig()
