@@ -1,0 +1,145 @@
+"""Rotations, cameras on a sphere round the head, and the rigid motions between point sets, in torch. Imports nothing above `types`."""
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from talk3d.types import Camera
+
+CAMERA_RADIUS = 2.7
+"""EG3D's distance between camera and pivot, scene units."""
+CAMERA_FOCAL = 4.2647
+"""EG3D's focal length for FFHQ crops, image sides."""
+HEAD_PIVOT = (0.0, 0.0, 0.2)
+"""The point of the head that EG3D's cameras look at, scene units."""
+
+
+def rotation_from_vector(vector: Float[Tensor, "*b 3"]) -> Float[Tensor, "*b 3 3"]:
+    """Rotation matrices about `vector` by its length in radians (Rodrigues' formula), smooth through zero."""
+    angle2 = vector.square().sum(-1)[..., None, None]
+    angle = angle2.clamp_min(1e-24).sqrt()
+    small = angle2 < 1e-8
+    sine = torch.where(small, 1 - angle2 / 6, angle.sin() / angle)
+    cosine = torch.where(small, 0.5 - angle2 / 24, (1 - angle.cos()) / angle.square())
+    cross = cross_matrix(vector)
+    return torch.eye(3, dtype=vector.dtype, device=vector.device) + sine * cross + cosine * (cross @ cross)
+
+
+def vector_from_rotation(rotation: Float[Tensor, "*b 3 3"]) -> Float[Tensor, "*b 3"]:
+    """Axis times angle in radians of rotations by less than half a turn, the inverse of `rotation_from_vector`."""
+    skew = 0.5 * (rotation - rotation.mT)
+    axis = torch.stack([skew[..., 2, 1], skew[..., 0, 2], skew[..., 1, 0]], -1)
+    sine = axis.norm(dim=-1, keepdim=True)
+    cosine = 0.5 * (rotation.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True) - 1)
+    angle = torch.atan2(sine, cosine)
+    return axis * torch.where(sine < 1e-6, torch.ones_like(sine), angle / sine.clamp_min(1e-12))
+
+
+def cross_matrix(vector: Float[Tensor, "*b 3"]) -> Float[Tensor, "*b 3 3"]:
+    """Skew matrices K with K @ x = vector × x."""
+    x, y, z = vector.unbind(-1)
+    zero = torch.zeros_like(x)
+    return torch.stack([zero, -z, y, z, zero, -x, -y, x, zero], -1).unflatten(-1, (3, 3))
+
+
+def look_at(
+    angles: Float[Tensor, "*b 3"],
+    radius: float = CAMERA_RADIUS,
+    pivot: tuple[float, float, float] = HEAD_PIVOT,
+) -> Float[Tensor, "*b 4 4"]:
+    """cam2world of cameras on a sphere round `pivot` that look at it.
+
+    Args:
+        angles: yaw, pitch, roll in radians. Yaw > 0 moves the camera to the head's left (+x), pitch > 0 moves it up, roll turns it about
+            its own axis.
+        radius: distance to the pivot, scene units.
+        pivot: scene units.
+    """
+    yaw, pitch, roll = angles.unbind(-1)
+    backward = torch.stack([yaw.sin() * pitch.cos(), pitch.sin(), yaw.cos() * pitch.cos()], -1)
+    right = torch.stack([yaw.cos(), torch.zeros_like(yaw), -yaw.sin()], -1)
+    down = torch.cross(-backward, right, dim=-1)
+    cosine, sine = roll.cos()[..., None], roll.sin()[..., None]
+    centre = torch.tensor(pivot, dtype=angles.dtype, device=angles.device) + radius * backward
+    columns = [cosine * right + sine * down, cosine * down - sine * right, -backward, centre]
+    top = torch.stack(columns, -1)  # *b 3 4
+    bottom = torch.tensor([0.0, 0.0, 0.0, 1.0], dtype=angles.dtype, device=angles.device).expand(*top.shape[:-2], 1, 4)
+    return torch.cat([top, bottom], -2)
+
+
+def view_angles(rotation: Float[Tensor, "*b 3 3"]) -> Float[Tensor, "*b 3"]:
+    """Yaw, pitch, roll in radians of camera-to-world rotations: the angles that `look_at` turns into the same rotation."""
+    backward = -rotation[..., :, 2]
+    yaw = torch.atan2(backward[..., 0], backward[..., 2])
+    pitch = torch.asin(backward[..., 1].clamp(-1, 1))
+    level = look_at(torch.stack([yaw, pitch, torch.zeros_like(yaw)], -1))[..., :3, :3]
+    right = rotation[..., :, 0]
+    roll = torch.atan2((right * level[..., :, 1]).sum(-1), (right * level[..., :, 0]).sum(-1))
+    return torch.stack([yaw, pitch, roll], -1)
+
+
+def intrinsics_matrix(focal: float = CAMERA_FOCAL, centre: tuple[float, float] = (0.5, 0.5)) -> Float[Tensor, "3 3"]:
+    """Intrinsics of square pixels, in image sides."""
+    return torch.tensor([[focal, 0.0, centre[0]], [0.0, focal, centre[1]], [0.0, 0.0, 1.0]])
+
+
+def head_camera(angles: Float[Tensor, "*b 3"], radius: float = CAMERA_RADIUS, focal: float = CAMERA_FOCAL) -> Camera:
+    """EG3D's cameras at these yaw, pitch, roll angles in radians, see `look_at`."""
+    cam2world = look_at(angles, radius)
+    matrix = intrinsics_matrix(focal).to(cam2world)
+    return Camera(cam2world=cam2world, intrinsics=matrix.expand(*cam2world.shape[:-2], 3, 3))
+
+
+def orbit(num_frames: int, *, yaw_deg: float = 25.0, pitch_deg: float = 8.0, period_frames: float = 120.0) -> Camera:
+    """A smooth, closed swing round the head that starts from the front.
+
+    Args:
+        num_frames: how many cameras.
+        yaw_deg: largest turn to either side.
+        pitch_deg: largest turn up and down, a quarter of a period later than yaw.
+        period_frames: frames until the swing repeats.
+    """
+    phase = 2 * math.pi * torch.arange(num_frames) / period_frames
+    yaw = math.radians(yaw_deg) * phase.sin()
+    pitch = math.radians(pitch_deg) * 0.5 * (2 * phase).sin()
+    return head_camera(torch.stack([yaw, pitch, torch.zeros_like(yaw)], -1))
+
+
+def project(points: Float[Tensor, "*b p 3"], camera: Camera) -> Float[Tensor, "*b p 2"]:
+    """Where world points appear, in image sides from the top left corner."""
+    rotation, centre = camera.cam2world[..., :3, :3], camera.cam2world[..., :3, 3]
+    seen = (points - centre[..., None, :]) @ rotation  # rows times R are columns times R^T
+    pixels = seen @ camera.intrinsics.mT
+    return pixels[..., :2] / pixels[..., 2:]
+
+
+def fit_similarity(
+    source: Float[Tensor, "*b p d"],
+    target: Float[Tensor, "*b p d"],
+    weights: Float[Tensor, "*b p"] | None = None,
+    *,
+    with_scale: bool = True,
+) -> tuple[Float[Tensor, "*b"], Float[Tensor, "*b d d"], Float[Tensor, "*b d"]]:
+    """Scale s, rotation R and shift t that minimise the weighted squares of s R source + t - target; never a reflection.
+
+    Args:
+        source: points to move.
+        target: where they should go.
+        weights: one per point, any scale; all equal if left out.
+        with_scale: False keeps s = 1 (Kabsch).
+
+    Reference: Umeyama, Least-squares estimation of transformation parameters between two point patterns, PAMI 1991.
+    """
+    w = torch.ones_like(source[..., 0]) if weights is None else weights
+    w = (w / w.sum(-1, keepdim=True))[..., None]
+    source_mean, target_mean = (w * source).sum(-2, keepdim=True), (w * target).sum(-2, keepdim=True)
+    a, b = source - source_mean, target - target_mean
+    u, singular, vt = torch.linalg.svd((w * b).mT @ a)
+    sign = torch.ones_like(singular)
+    sign[..., -1] = torch.linalg.det(u @ vt).sign()
+    rotation = (u * sign[..., None, :]) @ vt
+    scale = (singular * sign).sum(-1) / (w * a.square()).sum((-2, -1)) if with_scale else torch.ones_like(singular[..., 0])
+    shift = target_mean.squeeze(-2) - scale[..., None] * (rotation @ source_mean.mT).squeeze(-1)
+    return scale, rotation, shift

@@ -1,0 +1,96 @@
+"""Rotations, cameras and rigid fits against closed forms."""
+
+import math
+
+import pytest
+import torch
+
+from talk3d.ops import geometry as g
+
+
+def random_rotations(count: int, seed: int = 0, reach: float = 2.5) -> torch.Tensor:
+    vector = torch.randn(count, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return g.rotation_from_vector(vector / vector.norm(dim=-1, keepdim=True) * torch.linspace(0, reach, count, dtype=torch.float64)[:, None])
+
+
+def test_rotation_about_y_by_a_right_angle_takes_z_to_x():
+    rotation = g.rotation_from_vector(torch.tensor([0.0, math.pi / 2, 0.0]))
+    assert torch.allclose(rotation @ torch.tensor([0.0, 0.0, 1.0]), torch.tensor([1.0, 0.0, 0.0]), atol=1e-6)
+
+
+def test_rotation_equals_the_matrix_exponential_and_its_vector_comes_back():
+    vector = torch.randn(50, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    vector[0] = 0
+    vector[1] *= 1e-6
+    rotation = g.rotation_from_vector(vector)
+    assert torch.allclose(rotation, torch.linalg.matrix_exp(g.cross_matrix(vector)), atol=1e-9)
+    assert torch.allclose(g.vector_from_rotation(random_rotations(20)).norm(dim=-1), torch.linspace(0, 2.5, 20, dtype=torch.float64), atol=1e-8)
+
+
+def test_rotation_has_finite_gradients_at_zero():
+    vector = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(g.rotation_from_vector, (vector,))
+
+
+def test_front_camera_looks_along_minus_z_at_the_pivot():
+    camera = g.look_at(torch.zeros(3))
+    expected = torch.tensor([[1.0, 0, 0, 0], [0, -1, 0, 0], [0, 0, -1, 2.9], [0, 0, 0, 1]])
+    assert torch.allclose(camera, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("angles", [(0.3, 0.0, 0.0), (-0.4, 0.25, 0.1), (0.2, -0.3, -0.35)])
+def test_look_at_keeps_the_pivot_in_the_middle_and_its_angles_come_back(angles):
+    camera = g.head_camera(torch.tensor(angles))
+    pixel = g.project(torch.tensor([g.HEAD_PIVOT]), camera)
+    assert torch.allclose(pixel, torch.full((1, 2), 0.5), atol=1e-5)
+    assert torch.allclose(g.view_angles(camera.cam2world[:3, :3]), torch.tensor(angles), atol=1e-6)
+    offset = camera.cam2world[:3, 3] - torch.tensor(g.HEAD_PIVOT)
+    assert offset.norm().item() == pytest.approx(2.7, abs=1e-5)
+    assert math.copysign(1, offset[0].item()) == math.copysign(1, angles[0])
+    assert torch.linalg.det(camera.cam2world[:3, :3]).item() == pytest.approx(1, abs=1e-5)
+
+
+def test_look_at_agrees_with_a_published_label():
+    """First label of a rendered data set: yaw and pitch read off its centre, roll from its rotation."""
+    label = torch.tensor([0.97770, -0.006889, 0.20991, -0.56675, 0.0, -0.99946, -0.03280, 0.08856, 0.21002, 0.03207, -0.97717, 2.83836])
+    pose = label.reshape(3, 4)
+    angles = g.view_angles(pose[:, :3])
+    assert torch.allclose(g.look_at(angles)[:3], pose, atol=2e-4)
+
+
+def test_orbit_starts_in_front_stays_inside_its_limits_and_closes():
+    camera = g.orbit(121, yaw_deg=25, pitch_deg=8, period_frames=120)
+    angles = g.view_angles(camera.cam2world[:, :3, :3])
+    assert torch.allclose(angles[0], torch.zeros(3), atol=1e-6)
+    assert torch.allclose(camera.cam2world[0], camera.cam2world[120], atol=1e-5)
+    assert math.degrees(angles[:, 0].abs().max()) == pytest.approx(25, abs=0.01)
+    assert math.degrees(angles[:, 1].abs().max()) <= 8.01
+
+
+def test_projection_of_a_point_by_hand():
+    camera = g.head_camera(torch.zeros(1, 3))
+    pixel = g.project(torch.tensor([[[0.27, -0.27, 0.2]]]), camera)
+    assert torch.allclose(pixel, torch.tensor([[[0.5 + 0.42647, 0.5 + 0.42647]]]), atol=1e-5)
+
+
+@pytest.mark.parametrize("with_scale", [True, False])
+def test_similarity_fit_finds_the_motion_that_was_applied(with_scale):
+    points = torch.randn(4, 12, 3, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    rotation, shift = random_rotations(4, seed=3), torch.arange(12, dtype=torch.float64).reshape(4, 3)
+    scale = 1.7 if with_scale else 1.0
+    moved = scale * points @ rotation.mT + shift[:, None]
+    s, r, t = g.fit_similarity(points, moved, with_scale=with_scale)
+    assert torch.allclose(s, torch.full((4,), scale, dtype=torch.float64))
+    assert torch.allclose(r, rotation, atol=1e-9)
+    assert torch.allclose(t, shift, atol=1e-9)
+
+
+def test_similarity_fit_never_mirrors_and_ignores_points_without_weight():
+    points = torch.randn(10, 3, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    mirrored = points * torch.tensor([-1.0, 1, 1], dtype=torch.float64)
+    assert torch.linalg.det(g.fit_similarity(points, mirrored)[1]).item() == pytest.approx(1)
+    target = points + 1.0
+    target[0] += 100
+    weights = torch.ones(10, dtype=torch.float64)
+    weights[0] = 0
+    assert torch.allclose(g.fit_similarity(points, target, weights)[2], torch.ones(3, dtype=torch.float64))
