@@ -1,0 +1,381 @@
+"""Video and sound in and out: constant-rate frames by time stamp, mono sound in step with them, and H.264 + AAC files.
+
+Everything streams: memory does not grow with the length of a video. Knows nothing of faces or models.
+"""
+
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import av
+import numpy as np
+import torch
+from av.error import FFmpegError
+from av.video.reformatter import ColorRange, Colorspace
+from jaxtyping import Int64, UInt8
+
+from talk3d.errors import MediaError
+from talk3d.io.timeline import constant_rate, find_cuts, find_duplicates, retime
+from talk3d.types import Waveform
+
+logger = logging.getLogger(__name__)
+
+READ_ERRORS = (FFmpegError, OSError, ValueError)
+BT709 = 1
+"""FFmpeg's number for BT.709 primaries, transfer and matrix."""
+UNTAGGED = 2
+"""FFmpeg's number for a matrix that the file does not name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoScan:
+    """What one look through a video found, and which of its pictures become the frames at a constant rate."""
+
+    path: Path
+    width_px: int
+    """After the rotation flag has been applied."""
+    height_px: int
+    fps: float
+    """The constant rate asked for."""
+    source_fps: float
+    """The rate that the time stamps say."""
+    true_fps: float
+    """The rate of different pictures, duplicates of a regular pattern left out."""
+    num_decoded: int
+    num_duplicates: int
+    """Pictures left out because a regular pattern of doubled frames was found."""
+    rotation_deg: int
+    start_s: float
+    """Time stamp of the first picture; sound is counted from here."""
+    source_index: Int64[np.ndarray, " t"]
+    """For each frame at the constant rate, the number of the decoded picture that it shows."""
+    cuts: tuple[int, ...]
+    """Frames that begin a new shot."""
+    truncated: bool
+    """The file ended before its own header said it would, or broke off with an error."""
+
+    @property
+    def num_frames(self) -> int:
+        """Frames at the constant rate."""
+        return len(self.source_index)
+
+    @property
+    def num_repeated(self) -> int:
+        """Frames that show the same picture as the one before."""
+        return int((np.diff(self.source_index) == 0).sum())
+
+    @property
+    def num_dropped(self) -> int:
+        """Pictures, beside the duplicates, that no frame shows."""
+        return self.num_decoded - self.num_duplicates - len(np.unique(self.source_index))
+
+
+def scan_video(path: str | Path, fps: float = 25.0) -> VideoScan:
+    """Look through a video once and decide which decoded picture each frame at a constant rate shows.
+
+    A regular pattern of doubled pictures (25 pictures a second in a file of 30) is taken out, and what is left is spread evenly over the same time.
+
+    Args:
+        path: any file with a video stream.
+        fps: the constant rate wanted.
+
+    Raises:
+        MediaError: no such file, not a video, or nothing in it can be decoded.
+    """
+    path = Path(path)
+    times: list[float] = []
+    differences: list[float] = []
+    previous: np.ndarray | None = None
+    first: av.VideoFrame | None = None
+    with _open_video(path) as container:
+        stream = container.streams.video[0]
+        rate = float(stream.guessed_rate or stream.average_rate or fps)
+        promised = stream.frames
+        broken = False
+        try:
+            for number, picture in enumerate(container.decode(stream)):
+                first = first or picture
+                times.append(picture.time if picture.time is not None else number / rate)
+                luma = _coarse_luma(picture)
+                same_shape = previous is not None and previous.shape == luma.shape
+                differences.append(float(np.abs(luma - previous).mean()) if previous is not None and same_shape else 255.0)
+                previous = luma
+        except READ_ERRORS as error:
+            logger.warning("%s breaks off after %d frames (%s)", path, len(times), error)
+            broken = True
+    if first is None:
+        raise MediaError(f"{path} has a video stream but no picture in it can be decoded: give a whole mp4, mov, mkv or webm file")
+    stamps, change = np.asarray(times), np.asarray(differences)
+    length_s = float(stamps[-1] - stamps[0])
+    source_fps = (len(stamps) - 1) / length_s if length_s > 0 else rate
+    duplicate = find_duplicates(change)
+    kept = np.flatnonzero(~duplicate)
+    source_index = kept[constant_rate(retime(stamps, duplicate, 1 / source_fps), fps, 1 / source_fps)]
+    upright = first.rotation % 180 == 0
+    return VideoScan(
+        path=path,
+        width_px=first.width if upright else first.height,
+        height_px=first.height if upright else first.width,
+        fps=fps,
+        source_fps=float(source_fps),
+        true_fps=float(source_fps * len(kept) / len(stamps)),
+        num_decoded=len(stamps),
+        num_duplicates=int(duplicate.sum()),
+        rotation_deg=first.rotation % 360,
+        start_s=float(stamps[0]),
+        source_index=source_index,
+        cuts=tuple(int(np.searchsorted(source_index, cut)) for cut in find_cuts(change) if cut <= source_index[-1]),
+        truncated=broken or len(stamps) < 0.9 * promised,
+    )
+
+
+def read_video(path: str | Path, fps: float = 25.0, scan: VideoScan | None = None) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
+    """Yield upright RGB frames at a constant rate, one at a time.
+
+    Args:
+        path: any file with a video stream.
+        fps: the constant rate; ignored where `scan` is given.
+        scan: what `scan_video` found, to save looking through the file again.
+
+    Raises:
+        MediaError: no such file, not a video, or nothing in it can be decoded.
+    """
+    scan = scan or scan_video(path, fps)
+    wanted = scan.source_index
+    position = 0
+    upright = scan.rotation_deg % 180 == 0
+    size = (scan.width_px, scan.height_px) if upright else (scan.height_px, scan.width_px)
+    with _open_video(Path(path)) as container:
+        try:
+            for number, picture in enumerate(container.decode(container.streams.video[0])):
+                if number != wanted[position]:
+                    continue
+                frame = np.ascontiguousarray(np.rot90(_to_rgb(picture, size), scan.rotation_deg // 90))
+                while position < len(wanted) and wanted[position] == number:
+                    yield frame
+                    position += 1
+                if position == len(wanted):
+                    return
+        except READ_ERRORS as error:
+            raise MediaError(f"{path} changed while it was read ({error}): try again with a file that nothing else writes to") from error
+
+
+def read_audio(path: str | Path, sample_rate_hz: int = 16000) -> Waveform:
+    """Mono sound of an audio file, or of a video from its first picture on.
+
+    Values that are no numbers become silence, channels are averaged, gaps in the time stamps are filled with silence.
+
+    Args:
+        path: wav, mp3, m4a, flac, ogg or any video with a sound track.
+        sample_rate_hz: rate wanted.
+
+    Raises:
+        MediaError: no such file, no sound track, or an empty one.
+    """
+    path = Path(path)
+    origin_s = _first_picture_s(path)
+    with _open(path, "sound or video file") as container:
+        if not container.streams.audio:
+            raise MediaError(f"{path} has no sound track: give a file with sound, such as wav, mp3, m4a, flac or a video with speech")
+        try:
+            samples = np.concatenate([np.zeros(0, np.float32), *_decode_audio(container, sample_rate_hz, origin_s)])
+        except READ_ERRORS as error:
+            raise MediaError(f"the sound of {path} cannot be decoded ({error}): convert it to wav and give that") from error
+    if samples.size == 0:
+        raise MediaError(f"{path} has a sound track without a single sample: give a file that is not empty")
+    return Waveform(samples=torch.from_numpy(np.clip(samples, -1, 1)), sample_rate_hz=sample_rate_hz)
+
+
+class VideoWriter:
+    """Writes RGB frames and sound to an H.264 + AAC file that appears under its name only when it is whole.
+
+    Use it in a `with` block and call `write` for every frame. If the block raises, nothing is left behind. Sound beyond the last frame is cut.
+    """
+
+    def __init__(self, path: str | Path, width: int, height: int, *, fps: float = 25.0, audio: Waveform | None = None, crf: int = 16) -> None:
+        """Prepare to write.
+
+        Args:
+            path: ends in .mp4, .m4v, .mov or .mkv; an existing file is replaced.
+            width: of the frames, px; an odd one gets one repeated column.
+            height: of the frames, px; an odd one gets one repeated row.
+            fps: frames a second.
+            audio: sound that starts with the first frame.
+            crf: x264's constant rate factor, smaller is better.
+
+        Raises:
+            MediaError: the ending is not a video's, or nothing can be written there.
+        """
+        self.path = Path(path)
+        if self.path.suffix.lower() not in {".mp4", ".m4v", ".mov", ".mkv"}:
+            raise MediaError(f"cannot write a video to {self.path}: give a name that ends in .mp4, .m4v, .mov or .mkv")
+        self._partial = self.path.with_name(f".{self.path.stem}.{os.getpid()}.partial{self.path.suffix}")
+        self._audio, self._fps, self._num_frames, self._num_samples = audio, fps, 0, 0
+        try:
+            self._container = av.open(str(self._partial), "w", options={"movflags": "+faststart"})
+        except (OSError, FFmpegError) as error:
+            raise MediaError(f"cannot write {self.path} ({error}): give a path in a folder that exists and that you may write to") from error
+        self._video = _add_video_stream(self._container, (width + width % 2, height + height % 2), fps, crf)
+        if audio is not None:
+            self._sound: Any = self._container.add_stream("aac", rate=audio.sample_rate_hz, layout="mono")
+            self._sound.bit_rate = 128_000
+
+    def __enter__(self) -> Self:
+        """Return the writer."""
+        return self
+
+    def write(self, frame: UInt8[np.ndarray, "h w 3"]) -> None:
+        """Append one RGB frame.
+
+        Raises:
+            MediaError: the disk is full or the file cannot be written any more.
+        """
+        height, width = frame.shape[:2]
+        if height % 2 or width % 2:
+            frame = np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+        picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+        picture = picture.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG)
+        picture.pts = self._num_frames
+        self._num_frames += 1
+        try:
+            self._container.mux(self._video.encode(picture))
+            self._write_audio_until(self._num_frames / self._fps)
+        except (OSError, FFmpegError) as error:
+            raise MediaError(f"cannot go on writing {self.path} ({error}): see that the disk has room") from error
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        """Finish the file and give it its name, or remove it if something went wrong."""
+        try:
+            if kind is None and self._num_frames:
+                self._container.mux(self._video.encode(None))
+                if self._audio is not None:
+                    self._container.mux(self._sound.encode(None))
+                self._container.close()
+                self._partial.replace(self.path)
+            else:
+                self._container.close()
+        except (OSError, FFmpegError) as error:
+            if kind is None:
+                raise MediaError(f"cannot finish {self.path} ({error}): see that the disk has room") from error
+        finally:
+            self._partial.unlink(missing_ok=True)
+
+    def _write_audio_until(self, end_s: float) -> None:
+        """Encode the sound up to this time, so that both streams grow side by side."""
+        if self._audio is None:
+            return
+        rate = self._audio.sample_rate_hz
+        end = min(round(end_s * rate), self._audio.samples.shape[0])
+        if end <= self._num_samples:
+            return
+        samples = self._audio.samples[self._num_samples : end].cpu().float().clamp(-1, 1).numpy()[None]
+        piece = av.AudioFrame.from_ndarray(np.ascontiguousarray(samples), format="fltp", layout="mono")
+        piece.sample_rate, piece.time_base, piece.pts = rate, Fraction(1, rate), self._num_samples
+        self._num_samples = end
+        self._container.mux(self._sound.encode(piece))
+
+
+def _add_video_stream(container: Any, size: tuple[int, int], fps: float, crf: int) -> Any:
+    """An H.264 stream of BT.709 colours in video range, so that players show what was rendered."""
+    options = {"crf": str(crf), "preset": "fast", "threads": "2"}
+    stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options=options)
+    stream.width, stream.height = size
+    stream.pix_fmt = "yuv420p"
+    context = stream.codec_context
+    context.colorspace, context.color_primaries, context.color_trc, context.color_range = BT709, BT709, BT709, int(ColorRange.MPEG)
+    return stream
+
+
+def _open(path: Path, expected: str) -> Any:
+    """Open a file for reading, or say in one line what is wrong with it."""
+    if not path.is_file():
+        raise MediaError(f"there is no file {path}: give the path of a {expected}")
+    try:
+        return av.open(str(path))
+    except READ_ERRORS as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise MediaError(f"{path} is not a {expected} that can be read ({reason}): give a whole file, such as mp4 or wav") from error
+
+
+def _open_video(path: Path) -> Any:
+    """Open a file that has a video stream."""
+    container = _open(path, "video file")
+    streams = container.streams.video
+    if not streams or streams[0].disposition.name == "attached_pic":
+        container.close()
+        raise MediaError(f"{path} has no video track: give a video file, such as mp4, mov, mkv or webm")
+    streams[0].thread_type = "AUTO"
+    return container
+
+
+def _first_picture_s(path: Path) -> float | None:
+    """Time stamp of the first picture, or None for pure sound."""
+    with _open(path, "sound or video file") as container:
+        streams = [stream for stream in container.streams.video if stream.disposition.name != "attached_pic"]
+        if not streams:
+            return None
+        try:
+            return next((picture.time for picture in container.decode(streams[0])), None)
+        except READ_ERRORS:
+            return None
+
+
+def _coarse_luma(picture: Any) -> np.ndarray:
+    """Brightness of every few pixels, enough to tell pictures apart, as int16."""
+    step = max(1, min(picture.width, picture.height) // 256)
+    if picture.format.name in {"yuv420p", "yuvj420p", "yuv422p", "yuv444p", "nv12"}:
+        plane = picture.planes[0]
+        rows = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)
+        return rows[: picture.height : step, : picture.width : step].astype(np.int16)
+    return picture.to_ndarray(format="gray")[::step, ::step].astype(np.int16)
+
+
+def _to_rgb(picture: Any, size: tuple[int, int]) -> np.ndarray:
+    """RGB of a picture at `size` (width, height); untagged colours are BT.709 from 720 lines up and BT.601 below, as players take them."""
+    tagged = picture.colorspace != UNTAGGED
+    source = picture.colorspace if tagged else (Colorspace.ITU709 if picture.height >= 720 else Colorspace.ITU601)
+    return picture.to_ndarray(format="rgb24", width=size[0], height=size[1], src_colorspace=source)
+
+
+def _decode_audio(container: Any, sample_rate_hz: int, origin_s: float | None) -> Iterator[np.ndarray]:
+    """Yield mono float pieces; what comes before `origin_s` is cut off, what is missing is silence."""
+    resampler = av.AudioResampler(format="flt", layout="mono", rate=sample_rate_hz)
+    clock_s: float | None = origin_s
+    skip = 0
+    for frame in container.decode(container.streams.audio[0]):
+        start_s: float = frame.time if frame.time is not None else clock_s or 0.0
+        gap_s = start_s - (start_s if clock_s is None else clock_s)
+        if gap_s > 0.05 or (gap_s > 0 and clock_s == origin_s):
+            yield from (piece.to_ndarray()[0] for piece in resampler.resample(None))
+            resampler = av.AudioResampler(format="flt", layout="mono", rate=sample_rate_hz)
+            yield np.zeros(round(gap_s * sample_rate_hz), np.float32)
+            clock_s = start_s
+        elif gap_s < 0 and clock_s == origin_s:
+            skip, origin_s = round(-gap_s * sample_rate_hz), None
+            clock_s = start_s
+        clock_s = (start_s if clock_s is None else clock_s) + frame.samples / frame.sample_rate
+        for piece in resampler.resample(_finite(frame)):
+            samples = piece.to_ndarray()[0]
+            yield samples[skip:]
+            skip = max(skip - len(samples), 0)
+    for piece in resampler.resample(None):
+        yield piece.to_ndarray()[0][skip:]
+
+
+def _finite(frame: Any) -> Any:
+    """The same piece of sound with silence where a float file holds no number."""
+    if not frame.format.name.startswith(("flt", "dbl")):
+        return frame
+    values = frame.to_ndarray()
+    bad = ~np.isfinite(values)
+    if not bad.any():
+        return frame
+    logger.warning("%d samples of the sound are not numbers and become silence", int(bad.sum()))
+    clean = av.AudioFrame.from_ndarray(np.where(bad, 0, values).clip(-8, 8).astype(values.dtype), format=frame.format.name, layout=frame.layout.name)
+    clean.sample_rate, clean.time_base, clean.pts = frame.sample_rate, frame.time_base, frame.pts
+    return clean
