@@ -1,1 +1,1 @@
-"""TODO."""
+"""The only places that open files: media, clips, weights."""

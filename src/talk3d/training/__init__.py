@@ -1,1 +1,1 @@
-"""TODO."""
+"""Losses, the one loop, and checkpoints."""

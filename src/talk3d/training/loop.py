@@ -1,0 +1,120 @@
+"""The one training loop: steps, checkpoints, an average of the weights. Resuming continues exactly where it stopped."""
+
+import contextlib
+import copy
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import FrameType
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from talk3d.errors import WeightsError
+from talk3d.io.weights import load_tensors, pack_state, save_tensors, unpack_state
+from talk3d.types import Progress, silent
+
+Step = Callable[[int], dict[str, Float[Tensor, ""]]]
+"""Does one optimisation step, given its number from 0, and returns losses to report."""
+
+
+@contextlib.contextmanager
+def _finish_step_first() -> Iterator[Callable[[], bool]]:
+    """Hold the first Ctrl-C back until it is asked for, so that no step is torn; the second one strikes at once."""
+    asked = False
+
+    def hold(signum: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    before = signal.signal(signal.SIGINT, hold)
+    try:
+        yield lambda: asked
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+class Average:
+    """Exponential moving average of a module's parameters and buffers."""
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        self.module = copy.deepcopy(module).requires_grad_(False).eval()
+        self.decay = decay
+
+    def update(self, module: nn.Module, step: int) -> None:
+        """Move towards the module's current values; early steps (fewer than 1 / (1 - decay)) move faster."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        with torch.no_grad():
+            for mine, theirs in zip(self.module.parameters(), module.parameters(), strict=True):
+                mine.lerp_(theirs, 1 - decay)
+            for mine, theirs in zip(self.module.buffers(), module.buffers(), strict=True):
+                mine.copy_(theirs)
+
+
+class Loop:
+    """Runs steps and keeps a checkpoint from which the same run continues bit for bit on one device.
+
+    Everything that changes from step to step must be listed: modules, optimisers, generators.
+    """
+
+    def __init__(
+        self,
+        *,
+        modules: Mapping[str, nn.Module],
+        optimizers: Mapping[str, torch.optim.Optimizer],
+        generators: Mapping[str, torch.Generator],
+        checkpoint: Path | None = None,
+        checkpoint_every: int = 200,
+    ) -> None:
+        self.modules, self.optimizers, self.generators = dict(modules), dict(optimizers), dict(generators)
+        self.checkpoint, self.checkpoint_every = checkpoint, checkpoint_every
+        self.step = 0
+        if checkpoint is not None and checkpoint.exists():
+            self._restore(checkpoint)
+
+    def run(self, stage: str, total: int, step: Step, progress: Progress = silent) -> None:
+        """Do steps until `total`; save the checkpoint now and then, at the end, and when interrupted."""
+        with _finish_step_first() as interrupted:
+            while self.step < total:
+                values = step(self.step)
+                self.step += 1
+                progress(stage, self.step, total, {name: float(value) for name, value in values.items()})
+                if interrupted():
+                    self.save()
+                    raise KeyboardInterrupt
+                if self.step % self.checkpoint_every == 0:
+                    self.save()
+            self.save()
+
+    def save(self) -> None:
+        """Write the checkpoint, if there is a place for it."""
+        if self.checkpoint is None:
+            return
+        state = {
+            "modules": {name: module.state_dict() for name, module in self.modules.items()},
+            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
+            "generators": {name: generator.get_state() for name, generator in self.generators.items()},
+        }
+        tensors, skeleton = pack_state(state)
+        save_tensors(self.checkpoint, tensors, {"kind": "checkpoint", "step": self.step, "skeleton": skeleton})
+
+    def _restore(self, path: Path) -> None:
+        tensors, header = load_tensors(path, "checkpoint")
+        state = unpack_state(tensors, header["skeleton"])
+        try:
+            for name, module in self.modules.items():
+                module.load_state_dict(state["modules"][name])
+            for name, optimizer in self.optimizers.items():
+                optimizer.load_state_dict(state["optimizers"][name])
+            for name, generator in self.generators.items():
+                generator.set_state(state["generators"][name])
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise WeightsError(f"checkpoint {path} belongs to other settings ({str(error)[:200]}): delete it to start anew") from error
+        self.step = header["step"]

@@ -1,0 +1,96 @@
+"""Named losses on pictures, each a mean so that no weight depends on size or batch.
+
+Pictures are premultiplied over black in [-1, 1] and mattes in [0, 1] unless a docstring says otherwise.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from talk3d.models.renderer import TriplaneRenderer
+from talk3d.models.stylegan2 import resize_to
+from talk3d.types import Rendering, Triplane
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureTarget:
+    """What a rendering should look like."""
+
+    image: Float[Tensor, "b 3 H W"]
+    """[-1, 1], premultiplied over black."""
+    alpha: Float[Tensor, "b 1 H W"]
+    """[0, 1]."""
+
+
+def premultiply(image: Float[Tensor, "b 3 h w"], alpha: Float[Tensor, "b 1 h w"]) -> Float[Tensor, "b 3 h w"]:
+    """Lay a picture in [-1, 1] over black with its matte in [0, 1]."""
+    return (image + 1) * alpha - 1
+
+
+def laplacian_pyramid(x: Float[Tensor, "b c h w"], levels: int) -> list[Float[Tensor, "b c _ _"]]:
+    """Band-pass pictures from fine to coarse; the last level is the low-pass rest."""
+    bands = []
+    for _ in range(levels):
+        smaller = F.avg_pool2d(x, 2)
+        bands.append(x - F.interpolate(smaller, scale_factor=2.0, mode="bilinear", align_corners=False))
+        x = smaller
+    return [*bands, x]
+
+
+def laplacian_l1(x: Float[Tensor, "b c h w"], y: Float[Tensor, "b c h w"], levels: int = 4, weight: Float[Tensor, "b 1 h w"] | None = None) -> Float[Tensor, ""]:
+    """L1 between Laplacian pyramids, level k counted 2^k / 2^levels · sides: fine detail matters as much as colour.
+
+    It is our offline stand-in for a perceptual loss. `weight` emphasises regions (mean 1 keeps the scale).
+
+    Reference: Laplacian pyramid loss, Bojanowski et al. (arXiv 1707.05776).
+    """
+    total = x.new_zeros([])
+    for band in laplacian_pyramid(x - y, levels):
+        if weight is not None and weight.shape[-1] != band.shape[-1]:
+            weight = F.avg_pool2d(weight, weight.shape[-1] // band.shape[-1])
+        total = total + (band.abs() if weight is None else band.abs() * weight).mean()
+    return total
+
+
+def picture_losses(rendering: Rendering, target: PictureTarget, weight: Float[Tensor, "b 1 H W"] | None = None) -> dict[str, Float[Tensor, ""]]:
+    """Compare a rendering with its target at full and raw size: `image`, `detail`, `alpha`, `raw`, each unweighted.
+
+    Args:
+        rendering: what was rendered.
+        target: what it should be.
+        weight: emphasis of regions, mean about 1.
+    """
+    emphasis = 1.0 if weight is None else weight
+    side = rendering.raw.shape[-1]
+    small, small_alpha = resize_to(target.image, side), resize_to(target.alpha, side)
+    return {
+        "image": ((rendering.image - target.image).abs() * emphasis).mean(),
+        "detail": laplacian_l1(rendering.image, target.image, weight=weight),
+        "alpha": (rendering.alpha - target.alpha).abs().mean() + (rendering.raw_alpha - small_alpha).abs().mean(),
+        "raw": (rendering.raw - small).abs().mean(),
+    }
+
+
+def density_variation(
+    renderer: TriplaneRenderer, triplane: Triplane, generator: torch.Generator, num_points: int = 1000, distance: float = 0.004
+) -> Float[Tensor, ""]:
+    """Total variation of raw density between random points and neighbours at `distance`.
+
+    Reference: EG3D (arXiv 2112.07945), supplement, density regularisation (L1).
+    """
+    planes = triplane.planes
+    shape = (planes.shape[0], num_points, 3)
+    points = torch.rand(shape, generator=generator, device=planes.device) - 0.5
+    moved = points + distance * torch.randn(shape, generator=generator, device=planes.device)
+    both = torch.cat([points, moved], 1) * renderer.renderer_config.box_warp
+    density = renderer.query(triplane, both)[0].squeeze(-1)
+    first, second = density.chunk(2, 1)
+    return (first - second).abs().mean()
+
+
+def weighted_sum(terms: dict[str, Float[Tensor, ""]], weights: dict[str, float]) -> Float[Tensor, ""]:
+    """Add up the terms, each times its weight; a term without a weight is an error of ours."""
+    return torch.stack([terms[name] * weights[name] for name in terms]).sum()
