@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import av
 import numpy as np
@@ -225,7 +225,7 @@ class VideoWriter:
             self._sound: Any = self._container.add_stream("aac", rate=audio.sample_rate_hz, layout="mono")
             self._sound.bit_rate = 128_000
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "VideoWriter":
         """Return the writer."""
         return self
 

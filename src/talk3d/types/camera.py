@@ -1,7 +1,6 @@
 """Cameras and rays: where a picture is seen from. OpenCV axes, EG3D scene units."""
 
 from dataclasses import dataclass
-from typing import Self
 
 import torch
 from jaxtyping import Float
@@ -26,7 +25,7 @@ class Camera:
     """Focal lengths and principal point in image sides."""
 
     @classmethod
-    def from_label(cls, label: Float[Tensor, "*b 25"]) -> Self:
+    def from_label(cls, label: Float[Tensor, "*b 25"]) -> "Camera":
         """Read EG3D labels: 16 numbers of cam2world, row-major, then 9 of the intrinsics.
 
         Raises:
@@ -44,13 +43,13 @@ class Camera:
         """Number of cameras along the first batch axis."""
         return self.cam2world.shape[0]
 
-    def __getitem__(self, index: int | slice | Tensor) -> Self:
+    def __getitem__(self, index: int | slice | Tensor) -> "Camera":
         """Pick cameras along the first batch axis."""
-        return type(self)(cam2world=self.cam2world[index], intrinsics=self.intrinsics[index])
+        return Camera(cam2world=self.cam2world[index], intrinsics=self.intrinsics[index])
 
-    def to(self, device: torch.device | str) -> Self:
+    def to(self, device: torch.device | str) -> "Camera":
         """Return the same cameras on another device."""
-        return type(self)(cam2world=self.cam2world.to(device), intrinsics=self.intrinsics.to(device))
+        return Camera(cam2world=self.cam2world.to(device), intrinsics=self.intrinsics.to(device))
 
 
 @dataclass(frozen=True, kw_only=True)

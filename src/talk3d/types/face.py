@@ -20,7 +20,8 @@ class FaceTrack:
     landmarks: Float[Tensor, "t n 2"]
     """MediaPipe's face points (n 468 or 478) in pixels of the crop; pixel centres at half-integers."""
     anchors: Float[Tensor, "t 6"]
-    """Nose bridge, left and right outer eye corner as x, y in [-1, 1] of the source frame, projected from the rigid pose, so speech cannot move them."""
+    """Nose bridge, left and right outer eye corner as x, y in [-1, 1] of the source frame;
+    projected from the rigid pose, so speech cannot move them."""
     blink: Float[Tensor, "t 1"]
     """0 open … 1 shut."""
     confidence: Float[Tensor, "t 1"]

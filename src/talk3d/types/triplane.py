@@ -1,7 +1,7 @@
 """Tri-planes: three feature pictures that together describe a volume."""
 
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -21,7 +21,7 @@ class Triplane:
     planes: Float[Tensor, "*b 3 c h w"]
     axes: PlaneAxes
 
-    def __add__(self, delta: "Triplane") -> Self:
+    def __add__(self, delta: "Triplane") -> "Triplane":
         """Add a deltaplane.
 
         Raises:
@@ -29,8 +29,8 @@ class Triplane:
         """
         if delta.axes != self.axes:
             raise ShapeError(f"planes with axes {self.axes!r} and {delta.axes!r} cannot be added: use models of one prior")
-        return type(self)(planes=self.planes + delta.planes, axes=self.axes)
+        return Triplane(planes=self.planes + delta.planes, axes=self.axes)
 
-    def to(self, device: torch.device | str) -> Self:
+    def to(self, device: torch.device | str) -> "Triplane":
         """Return the same planes on another device."""
-        return type(self)(planes=self.planes.to(device), axes=self.axes)
+        return Triplane(planes=self.planes.to(device), axes=self.axes)

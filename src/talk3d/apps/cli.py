@@ -1,0 +1,91 @@
+"""The command line: finds the command, runs it, and turns what went wrong into one line and an exit code.
+
+Nothing heavy is imported before a command is known, so that `talk3d --help` is instant.
+Exit codes: 0 done, 2 something the user can mend, 130 interrupted.
+"""
+
+import difflib
+import importlib
+import sys
+import warnings
+from collections.abc import Sequence
+
+from talk3d import __version__
+from talk3d.errors import Talk3DError
+
+SUMMARIES = {
+    "demo": "the shipped avatar speaks the shipped sentence: writes demo.mp4",
+    "build": "a video in, an avatar out: track, personalize and train in one, resumable",
+    "animate": "an avatar speaks any recording, seen from any camera",
+    "track": "a video in, a clip out: sound, face, head pose, crop and masks per frame",
+    "personalize": "a clip in, a person out: the prior learns this one head",
+    "train": "a person and a clip in, an avatar out: the head learns to talk",
+    "evaluate": "measures an avatar on the part of a clip it never saw",
+    "pretrain": "many heads in, a prior out: what `personalize` starts from",
+    "doctor": "says what is installed, and what is missing",
+}
+OVERVIEW = f"""talk3d {__version__}: a short video of one person talking in, a talking 3D avatar out.
+
+usage: talk3d COMMAND …        talk3d COMMAND --help
+
+{chr(10).join(f"  {name:12} {summary}" for name, summary in SUMMARIES.items())}
+
+examples:
+  talk3d demo
+  talk3d build me.mp4 -o me.t3d
+  talk3d animate me.t3d speech.wav -o talking.mp4 --camera orbit
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code.
+
+    Args:
+        argv: the command and its arguments; those of the process if None.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(OVERVIEW, end="")
+        return 0
+    if arguments[0] in ("--version", "-V"):
+        print(f"talk3d {__version__}")
+        return 0
+    name = arguments[0]
+    if name not in SUMMARIES:
+        close = difflib.get_close_matches(name, SUMMARIES, n=1)
+        return _fail(f"there is no command {name!r}" + (f": did you mean {close[0]}?" if close else f": choose one of {', '.join(SUMMARIES)}"))
+    return _run(name, arguments[1:])
+
+
+def _run(name: str, arguments: list[str]) -> int:
+    """Run a command that exists; what a user can mend becomes one line on the standard error."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            importlib.import_module("talk3d.apps.commands").run(name, arguments)
+    except Talk3DError as error:
+        return _fail(str(error))
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing in ("", "talk3d"):
+            raise
+        return _fail(f"this needs the package {missing}, which is not installed: pip install {missing}")
+    except OSError as error:
+        return _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+    except KeyboardInterrupt:
+        print(f"\ntalk3d: interrupted, nothing half-written; {_how_to_go_on(name)}", file=sys.stderr)
+        return 130
+    except SystemExit as leaving:
+        return leaving.code if isinstance(leaving.code, int) else 2
+    return 0
+
+
+def _how_to_go_on(name: str) -> str:
+    if name in ("build", "personalize", "train", "pretrain"):
+        return "run the same command again to go on from the last checkpoint"
+    return "run the same command again to start over"
+
+
+def _fail(message: str) -> int:
+    print(f"talk3d: {' '.join(message.split())}", file=sys.stderr)
+    return 2

@@ -1,0 +1,293 @@
+"""The commands: each exposes its stage's settings, checks paths before long work starts, and shows progress.
+
+A command is a function inside a function, so that only the stage that is asked for is imported.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import Annotated, Literal
+
+import torch
+import tyro
+from tyro.conf import Positional, arg
+
+from talk3d.apps.checkpoints import checkpoint_beside, remove_checkpoints
+from talk3d.apps.terminal import Display, duration
+from talk3d.errors import ConfigError
+
+Device = Literal["auto", "cpu", "cuda"]
+Input = Annotated[Path, Positional]
+Output = Annotated[Path, arg(aliases=["-o"])]
+PriorName = Annotated[str, arg(metavar="builtin|PATH")]
+ModelFile = Annotated[Path | None, arg(metavar="FILE")]
+
+EXAMPLES = {
+    "track": "talk3d track me.mp4 -o me.clip",
+    "personalize": "talk3d personalize me.clip -o me.person.t3d",
+    "train": "talk3d train me.person.t3d me.clip -o me.t3d\n  talk3d train me.person.t3d me.clip -o quick.t3d --steps 500",
+    "build": "talk3d build me.mp4 -o me.t3d\n  talk3d build me.mp4 -o me.t3d --train.steps 2000        (only training runs again)\n"
+    "  talk3d build me.mp4 -o me.t3d --fresh                   (start over)",
+    "animate": "talk3d animate me.t3d speech.wav -o talking.mp4\n  talk3d animate me.t3d film.mp4 -o turning.mp4 --camera orbit",
+    "evaluate": "talk3d evaluate me.t3d me.clip -o report.json",
+    "pretrain": "talk3d pretrain heads/ -o prior.t3d",
+    "demo": "talk3d demo\n  talk3d demo -o elsewhere.mp4",
+    "doctor": "talk3d doctor",
+}
+
+
+def run(name: str, arguments: list[str]) -> None:
+    """Parse the arguments of a command and run it.
+
+    Args:
+        name: one of `COMMANDS`.
+        arguments: what follows it on the command line.
+
+    Raises:
+        Talk3DError: what the user gave is unfit; the message says what to do.
+        SystemExit: the arguments cannot be parsed, or help was asked for.
+    """
+    command = COMMANDS[name]()
+    description = f"{(command.__doc__ or '').partition('Args:')[0].strip()}\n\nexamples:\n  {EXAMPLES[name]}"
+    tyro.cli(command, prog=f"talk3d {name}", description=description, args=arguments)
+
+
+def resolve_device(device: str) -> str:
+    """Turn `auto` into what is there.
+
+    Raises:
+        ConfigError: CUDA is asked for and is not there.
+    """
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: this torch sees no CUDA GPU; give --device cpu, or see `talk3d doctor`")
+    return device
+
+
+def check_input(path: Path, what: str) -> None:
+    """Refuse an input path that does not exist.
+
+    Raises:
+        ConfigError: there is nothing at the path.
+    """
+    if not path.exists():
+        raise ConfigError(f"{path} does not exist: give the path of {what}")
+
+
+def check_output(path: Path) -> None:
+    """Refuse, before any long work, a path where nothing can be written.
+
+    Raises:
+        ConfigError: its folder is missing or cannot be written.
+    """
+    try:
+        with TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise ConfigError(f"cannot write {path} ({error.strerror}): give a path in a folder that exists and can be written") from error
+
+
+def _track() -> Callable[..., None]:
+    from talk3d.stages.track import TrackConfig, track
+
+    defaults = TrackConfig()
+
+    def command(video: Input, /, out: Output, config: Annotated[TrackConfig, arg(name="")] = defaults, face_model: ModelFile = None) -> None:
+        """Turn a video of one talking person into a clip: a folder with everything known per frame.
+
+        Args:
+            video: film of one person, with sound.
+            out: the clip, a new folder.
+            config: what tracking does.
+            face_model: MediaPipe's face_landmarker.task, if it is not in its usual place.
+        """
+        check_input(video, "a video")
+        check_output(out)
+        with Display() as display:
+            clip = track(video, config, face_model=face_model, progress=display)
+            clip.save(out)
+        held_out = clip.num_frames - clip.num_training_frames
+        print(f"{out}: {clip.num_frames} frames ({duration(clip.num_frames / clip.fps)}) at {clip.fps:g} fps, the last {held_out} held out")
+
+    return command
+
+
+def _personalize() -> Callable[..., None]:
+    from talk3d.io.avatars import load_prior
+    from talk3d.io.clips import load_clip
+    from talk3d.stages.personalize import PersonalizeConfig, personalize
+
+    defaults = PersonalizeConfig()
+
+    def command(
+        clip: Input,
+        /,
+        out: Output,
+        config: Annotated[PersonalizeConfig, arg(name="")] = defaults,
+        prior: PriorName = "builtin",
+        device: Device = "auto",
+        seed: int = 0,
+    ) -> None:
+        """Find one person's head in the prior, and fit the prior to it.
+
+        Args:
+            clip: the person's clip, from `talk3d track`.
+            out: the person, a new file.
+            config: how it is fitted.
+            prior: what to start from.
+            device: where to compute.
+            seed: of all randomness.
+        """
+        check_input(clip, "a clip, made by `talk3d track`")
+        check_output(out)
+        checkpoint = checkpoint_beside(out, clip, config, "builtin" if prior == "builtin" else Path(prior), seed)
+        with Display() as display:
+            person = personalize(
+                load_clip(clip), load_prior(prior), config, device=resolve_device(device), seed=seed, progress=display, checkpoint=checkpoint
+            )
+            person.save(out)
+        remove_checkpoints(out)
+        print(f"{out}: next, talk3d train {out} {clip} -o AVATAR")
+
+    return command
+
+
+def _train() -> Callable[..., None]:
+    from talk3d.io.avatars import load_person
+    from talk3d.io.clips import load_clip
+    from talk3d.stages.train import TrainConfig, train
+
+    defaults = TrainConfig()
+
+    def command(
+        person: Input,
+        clip: Input,
+        /,
+        out: Output,
+        config: Annotated[TrainConfig, arg(name="")] = defaults,
+        device: Device = "auto",
+        seed: int = 0,
+    ) -> None:
+        """Teach a person's head to talk like the person in the clip.
+
+        Args:
+            person: from `talk3d personalize`.
+            clip: of the same person, from `talk3d track`.
+            out: the avatar, a new file.
+            config: how long and how hard to train.
+            device: where to compute.
+            seed: of all randomness.
+        """
+        check_input(person, "a person, made by `talk3d personalize`")
+        check_input(clip, "a clip, made by `talk3d track`")
+        check_output(out)
+        checkpoint = checkpoint_beside(out, person, clip, config, seed)
+        with Display() as display:
+            avatar = train(
+                load_person(person), load_clip(clip), config, device=resolve_device(device), seed=seed, progress=display, checkpoint=checkpoint
+            )
+            avatar.save(out)
+        remove_checkpoints(out)
+        print(f"{out}: next, talk3d animate {out} SPEECH -o talking.mp4")
+
+    return command
+
+
+def _build() -> Callable[..., None]:
+    from talk3d.apps.build import BuildConfig, build
+
+    defaults = BuildConfig()
+
+    def command(
+        video: Input,
+        /,
+        out: Output,
+        config: Annotated[BuildConfig, arg(name="")] = defaults,
+        device: Device = "auto",
+        seed: int = 0,
+        fresh: bool = False,
+    ) -> None:
+        """Make an avatar from a video: track, personalize and train in one.
+
+        What is made on the way stays in a folder beside the avatar, so a second call goes on where the first one stopped.
+
+        Args:
+            video: film of one person talking, with sound; half a minute or more.
+            out: the avatar, a new file.
+            config: settings of the stages.
+            device: where to compute.
+            seed: of all randomness.
+            fresh: throw away what earlier calls made for this avatar.
+        """
+        check_input(video, "a video")
+        check_output(out)
+        with Display() as display:
+            ran = build(video, out, config, device=resolve_device(device), seed=seed, fresh=fresh, progress=display)
+        kept = [stage for stage in ("track", "personalize", "train") if stage not in ran]
+        print(f"{out} is ready" + (f" (kept from before: {', '.join(kept)})" if kept else ""))
+        print(f"next: talk3d animate {out} SPEECH -o talking.mp4")
+
+    return command
+
+
+def _pretrain() -> Callable[..., None]:
+    from talk3d import presets
+    from talk3d.stages.pretrain import PretrainConfig, pretrain
+
+    defaults = PretrainConfig()
+    all_sizes = {"tiny": presets.TINY, "builtin256": presets.BUILTIN256, "ffhq512": presets.FFHQ512}
+
+    def command(
+        dataset: Input,
+        /,
+        out: Output,
+        config: Annotated[PretrainConfig, arg(name="")] = defaults,
+        sizes: Literal["tiny", "builtin256", "ffhq512"] = "builtin256",
+        device: Device = "auto",
+        seed: int = 0,
+    ) -> None:
+        """Train a prior over heads on pictures of many people with known cameras.
+
+        Args:
+            dataset: folder in EG3D's layout: pictures (alpha is the foreground) and dataset.json with camera labels.
+            out: the prior, a new file.
+            config: how long and how hard to train.
+            sizes: which preset the networks follow.
+            device: where to compute.
+            seed: of all randomness.
+        """
+        check_input(dataset, "a data set folder with dataset.json")
+        check_output(out)
+        checkpoint = checkpoint_beside(out, dataset, config, sizes, seed)
+        with Display() as display:
+            prior = pretrain(
+                dataset, config, sizes=all_sizes[sizes], device=resolve_device(device), seed=seed, progress=display, checkpoint=checkpoint
+            )
+            prior.save(out)
+        remove_checkpoints(out)
+        print(f"{out}: next, talk3d personalize CLIP -o PERSON --prior {out}")
+
+    return command
+
+
+def _doctor() -> Callable[..., None]:
+    from talk3d.apps.doctor import examine
+
+    def command() -> None:
+        """Say what is installed, which device will be used, which models are there, and what is missing."""
+        for what, found in examine():
+            print(f"{what:36}{found}")
+
+    return command
+
+
+COMMANDS: dict[str, Callable[[], Callable[..., None]]] = {
+    "build": _build,
+    "doctor": _doctor,
+    "personalize": _personalize,
+    "pretrain": _pretrain,
+    "track": _track,
+    "train": _train,
+}
+"""Every command by its name: calling the entry imports its stage and returns the function that tyro reads."""

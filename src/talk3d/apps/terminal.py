@@ -1,0 +1,120 @@
+"""Progress on a terminal: one display for a whole command, plain lines where nobody watches."""
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+
+def duration(seconds: float) -> str:
+    """Say a time span in its two largest useful units: `8 s`, `3 min 20 s`, `2 h 5 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def _describe(values: Mapping[str, float]) -> str:
+    return "  ".join(f"{name} {value:.3g}" for name, value in values.items())
+
+
+class _Notices(logging.Handler):
+    """Hands warnings of the package to a display, each once."""
+
+    def __init__(self, show: Callable[[str], None]) -> None:
+        super().__init__(logging.WARNING)
+        self.show = show
+        self.shown: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = record.getMessage()
+        if message not in self.shown:
+            self.shown.add(message)
+            self.show(f"note: {message}")
+
+
+class Display:
+    """A `talk3d.types.Progress` that shows stage, step, losses and time left; use it with `with`."""
+
+    def __init__(self, console: Console | None = None, *, every_s: float = 10.0, clock: Callable[[], float] = time.monotonic) -> None:
+        """Choose where to show.
+
+        Args:
+            console: where to; the standard output if None.
+            every_s: seconds between plain lines where the console is no terminal.
+            clock: seconds that only grow.
+        """
+        self.console = console or Console()
+        self.every_s, self.clock = every_s, clock
+        self.stage = ""
+        self.task: TaskID | None = None
+        self.started_s = self.shown_s = 0.0
+        self.first_step = 0
+        self.notices = _Notices(self.note)
+        self.bars: Progress | None = None
+        if self.console.is_terminal:
+            self.bars = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=24),
+                TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(compact=True),
+                TextColumn("[dim]{task.fields[values]}"),
+                console=self.console,
+            )
+
+    def __enter__(self) -> "Display":
+        """Start drawing, and start showing what the package has to say."""
+        logging.getLogger("talk3d").addHandler(self.notices)
+        if self.bars:
+            self.bars.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Stop drawing; what was shown stays."""
+        logging.getLogger("talk3d").removeHandler(self.notices)
+        if self.bars:
+            self.bars.stop()
+
+    def __call__(self, stage: str, step: int, total: int, values: Mapping[str, float]) -> None:
+        """Show that `step` of `total` (0: unknown) of `stage` is done."""
+        fresh = stage != self.stage
+        if fresh:
+            self.stage, self.started_s, self.first_step = stage, self.clock(), step
+        if self.bars:
+            self._draw(self.bars, step, total, values, fresh=fresh)
+        elif fresh or step == total or self.clock() - self.shown_s >= self.every_s:
+            self.shown_s = self.clock()
+            self._print(step, total, values)
+
+    def note(self, message: str) -> None:
+        """Print one line without disturbing the display."""
+        self.console.print(message, highlight=False, markup=False, soft_wrap=True)
+
+    def _draw(self, bars: Progress, step: int, total: int, values: Mapping[str, float], *, fresh: bool) -> None:
+        if fresh or self.task is None:
+            self.task = bars.add_task(self.stage, total=total or None, completed=step, values="")
+        bars.update(self.task, total=total or None, completed=step, values=_describe(values))
+
+    def _print(self, step: int, total: int, values: Mapping[str, float]) -> None:
+        done = step - self.first_step
+        left = ""
+        if total and done > 0 and step < total:
+            left = f"  {duration((self.clock() - self.started_s) / done * (total - step))} left"
+        self.note(f"{self.stage} {step}/{total or '?'}{left}  {_describe(values)}".rstrip())
+
+
+def print_table(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    """Print a small table on the standard output."""
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="left" if number == 0 else "right")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
