@@ -259,3 +259,15 @@ def test_assets_are_small_and_each_has_a_card() -> None:
     total = sum(path.stat().st_size for path in assets)
     assert total <= MAX_ASSETS_BYTES, f"the assets hold {total / 2**20:.1f} MiB, at most 40"
     nothing([path.name for path in assets if not path.with_suffix(".md").is_file()], "each asset NAME.ext has a card NAME.md")
+
+
+def test_annotations_can_be_checked_while_running() -> None:
+    """The type hook checks methods one by one, so it cannot know `Self`, and protocols only if they say so."""
+    found = []
+    for path in SOURCES:
+        found += [f"{name_of(path)}:{line} {module}" for line, module in imports(path) if module == "typing.Self"]
+        for node in ast.walk(tree(path)):
+            if isinstance(node, ast.ClassDef) and "Protocol" in {ast.unparse(base).partition("[")[0] for base in node.bases}:
+                marked = any(ast.unparse(decorator).endswith("runtime_checkable") for decorator in node.decorator_list)
+                found += [] if marked else [f"{name_of(path)}:{node.lineno} {node.name} is not runtime_checkable"]
+    nothing(found, "annotations can be checked while running: the class's name instead of Self, protocols runtime_checkable")

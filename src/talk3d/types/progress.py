@@ -1,9 +1,10 @@
 """How long work reports where it is, without knowing who listens (a terminal, a log, a test)."""
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 
+@runtime_checkable
 class Progress(Protocol):
     """A listener that long-running stages call after every step."""
 

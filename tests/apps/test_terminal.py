@@ -1,0 +1,78 @@
+import io
+import logging
+
+import pytest
+from rich.console import Console
+
+from talk3d.apps.terminal import Display, duration, print_table
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def test_durations_read_well() -> None:
+    assert [duration(s) for s in (0.4, 59.0, 200.0, 7500.0)] == ["0 s", "59 s", "3 min 20 s", "2 h 5 min"]
+
+
+def test_plain_lines_come_seldom_and_say_what_is_left() -> None:
+    clock, sink = Clock(), io.StringIO()
+    with Display(Console(file=sink, width=200), every_s=10.0, clock=clock) as display:
+        for step in range(1, 101):
+            clock.now_s += 1
+            display("train", step, 100, {"image": 0.12345})
+    lines = sink.getvalue().splitlines()
+    assert lines[0] == "train 1/100  image 0.123"
+    assert lines[1] == "train 11/100  1 min 29 s left  image 0.123"
+    assert lines[-1] == "train 100/100  image 0.123"
+    assert len(lines) == 11
+
+
+def test_time_left_is_not_fooled_by_resumed_work() -> None:
+    clock, sink = Clock(), io.StringIO()
+    with Display(Console(file=sink, width=200), every_s=1.0, clock=clock) as display:
+        display("train", 900, 1000, {})
+        clock.now_s = 10.0
+        display("train", 910, 1000, {})
+    assert sink.getvalue().splitlines()[1] == "train 910/1000  1 min 30 s left"
+
+
+def test_unknown_totals_are_shown_as_such() -> None:
+    sink = io.StringIO()
+    with Display(Console(file=sink, width=200)) as display:
+        display("read", 5, 0, {})
+    assert sink.getvalue() == "read 5/?\n"
+
+
+def test_a_terminal_gets_one_bar_per_stage() -> None:
+    sink = io.StringIO()
+    with Display(Console(file=sink, width=120, force_terminal=True)) as display:
+        display("track", 1, 2, {})
+        display("track", 2, 2, {})
+        display("train", 1, 4, {"image": 0.5})
+        display("scan", 1, 0, {})
+        assert display.bars is not None
+        assert [(task.description, task.completed, task.total) for task in display.bars.tasks] == [
+            ("track", 2, 2),
+            ("train", 1, 4),
+            ("scan", 1, None),
+        ]
+
+
+def test_warnings_of_the_package_are_shown_once() -> None:
+    sink = io.StringIO()
+    with Display(Console(file=sink, width=200)):
+        logging.getLogger("talk3d.io.media").warning("10 frames were duplicates")
+        logging.getLogger("talk3d.io.media").warning("10 frames were duplicates")
+    logging.getLogger("talk3d.io.media").debug("afterwards")
+    assert sink.getvalue() == "note: 10 frames were duplicates\n"
+
+
+def test_tables_hold_their_cells(capsys: pytest.CaptureFixture[str]) -> None:
+    print_table("report", ("metric", "value"), [("psnr", "31.2")])
+    shown = capsys.readouterr().out
+    assert all(word in shown for word in ("report", "metric", "psnr", "31.2"))
