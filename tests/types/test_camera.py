@@ -1,0 +1,39 @@
+import pytest
+import torch
+
+from talk3d.errors import ShapeError
+from talk3d.types import Camera
+
+
+def cameras(count: int) -> Camera:
+    label = torch.arange(25 * count, dtype=torch.float32).reshape(count, 25)
+    return Camera.from_label(label)
+
+
+def test_labels_survive_the_round_trip() -> None:
+    label = torch.randn(4, 25)
+    assert torch.equal(Camera.from_label(label).to_label(), label)
+
+
+def test_labels_are_row_major_matrix_then_intrinsics() -> None:
+    camera = cameras(1)
+    assert camera.cam2world[0, 0, 3] == 3
+    assert camera.intrinsics[0, 0, 2] == 18
+
+
+def test_indexing_keeps_matrices_together() -> None:
+    camera = cameras(5)
+    assert len(camera) == 5
+    assert torch.equal(camera[1:3].to_label(), camera.to_label()[1:3])
+    assert torch.equal(camera[torch.tensor([4, 0])].to_label(), camera.to_label()[[4, 0]])
+    assert camera[2].cam2world.shape == (4, 4)
+
+
+def test_moving_keeps_values() -> None:
+    assert torch.equal(cameras(2).to("cpu").to_label(), cameras(2).to_label())
+
+
+def test_labels_of_other_length_are_refused() -> None:
+    unhooked = Camera.from_label.__func__.__wrapped__  # under the hook the shape annotation would speak first
+    with pytest.raises(ShapeError, match="25 numbers, got 24"):
+        unhooked(Camera, torch.zeros(1, 24))

@@ -1,0 +1,58 @@
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from talk3d.errors import ShapeError
+from talk3d.types import AudioFeatures, Camera, Clip, FaceMasks, FaceTrack, Waveform
+
+T = 4
+
+
+def make_clip(**changes: Any) -> Clip:
+    track = FaceTrack(
+        cameras=Camera.from_label(torch.zeros(T, 25)),
+        head_pose=torch.arange(3.0 * T).reshape(T, 3),
+        landmarks=torch.zeros(T, 478, 2),
+        anchors=torch.arange(6.0 * T).reshape(T, 6),
+        blink=torch.arange(float(T))[:, None],
+        confidence=torch.ones(T, 1),
+        crop=np.zeros((T, 2, 3)),
+    )
+    fields: dict[str, Any] = {
+        "frames": np.arange(T * 8 * 8 * 3).reshape(T, 8, 8, 3).astype(np.uint8),
+        "fps": 25.0,
+        "waveform": Waveform(samples=torch.zeros(T * 640), sample_rate_hz=16000),
+        "audio": AudioFeatures(values=torch.zeros(T, 2, 5), fps=25.0, source="test"),
+        "track": track,
+        "masks": FaceMasks(person=np.full((T, 8, 8), 255, np.uint8), source="test"),
+        "source": "me.mp4",
+        "source_sha256": "0" * 64,
+        "num_training_frames": 3,
+    }
+    return Clip(**fields | changes)
+
+
+def test_every_array_has_as_many_frames() -> None:
+    assert make_clip().num_frames == T
+    with pytest.raises(ShapeError, match="'audio': 5"):
+        make_clip(audio=AudioFeatures(values=torch.zeros(5, 2, 5), fps=25.0, source="test"))
+
+
+def test_driving_picks_the_same_frames_everywhere() -> None:
+    clip = make_clip()
+    driving = clip.driving(torch.tensor([2, 0]))
+    assert driving.blink[:, 0].tolist() == [2, 0]
+    assert torch.equal(driving.head_pose, clip.track.head_pose[[2, 0]])
+    assert torch.equal(driving.anchors, clip.track.anchors[[2, 0]])
+    assert driving.audio.shape == (2, 8, 2, 5)
+
+
+def test_images_are_in_minus_one_to_one_channels_first() -> None:
+    frames = np.zeros((T, 8, 8, 3), np.uint8)
+    frames[1, 2, 3] = (255, 0, 51)
+    images, matte = make_clip(frames=frames).images(torch.tensor([1]))
+    assert images[0, :, 2, 3].tolist() == pytest.approx([1.0, -1.0, -0.6])
+    assert images.min() == -1 and images.shape == (1, 3, 8, 8)
+    assert torch.equal(matte, torch.ones(1, 1, 8, 8))
