@@ -1,0 +1,119 @@
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from talk3d.apps import build as building
+from talk3d.apps.build import BuildConfig, build
+from talk3d.errors import ConfigError
+
+Calls = list[str]
+
+
+class Product:
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def save(self, path: Path) -> None:
+        path.write_text(self.name)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
+    """Stages that only note that they were called; training leaves a checkpoint."""
+    made: Calls = []
+
+    def track(video: Path, config: Any, **rest: Any) -> Product:
+        made.append("track")
+        return Product("clip")
+
+    def personalize(clip: str, prior: str, config: Any, **rest: Any) -> Product:
+        made.append(f"personalize {clip} {prior}")
+        return Product("person")
+
+    def train(person: str, clip: str, config: Any, *, checkpoint: Path, **rest: Any) -> Product:
+        made.append(f"train {person} {clip}" + (f" from {checkpoint.read_text()}" if checkpoint.exists() else ""))
+        checkpoint.write_text(f"step {config.steps}")
+        return Product("avatar")
+
+    for stage in (track, personalize, train):
+        monkeypatch.setattr(building, stage.__name__, stage)
+    for load in ("load_clip", "load_person"):
+        monkeypatch.setattr(building, load, Path.read_text)
+    monkeypatch.setattr(building, "load_prior", str)
+    return made
+
+
+@pytest.fixture
+def video(tmp_path: Path) -> Path:
+    path = tmp_path / "me.mp4"
+    path.write_bytes(b"film")
+    return path
+
+
+ALL = ["track", "personalize clip builtin", "train person clip"]
+
+
+def test_products_are_kept_and_finished_stages_skipped(video: Path, tmp_path: Path, calls: Calls) -> None:
+    out = tmp_path / "me.t3d"
+    assert build(video, out, BuildConfig()) == ["track", "personalize", "train"]
+    assert calls == ALL
+    assert {path.name for path in (tmp_path / "me.build").iterdir()} == {"clip", "person.t3d", "train.checkpoint", "manifest.json"}
+    assert build(video, out, BuildConfig()) == []
+    assert calls == ALL
+
+
+def test_other_settings_redo_only_what_depends_on_them(video: Path, tmp_path: Path, calls: Calls) -> None:
+    out, config = tmp_path / "me.t3d", BuildConfig()
+    build(video, out, config)
+    longer = replace(config, train=replace(config.train, steps=config.train.steps + 1))
+    assert build(video, out, longer) == ["train"]
+    assert calls[-1] == "train person clip"  # not from the checkpoint of other settings
+    assert build(video, out, longer, seed=5) == ["personalize", "train"]
+
+
+def test_an_interrupted_stage_goes_on_from_its_checkpoint(video: Path, tmp_path: Path, calls: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, whole = tmp_path / "me.t3d", building.train
+
+    def interrupted(*given: Any, checkpoint: Path, **rest: Any) -> Product:
+        checkpoint.write_text("step 7")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(building, "train", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        build(video, out, BuildConfig())
+    assert not out.exists()
+    monkeypatch.setattr(building, "train", whole)
+    assert build(video, out, BuildConfig()) == ["train"]
+    assert calls[-1] == "train person clip from step 7"
+
+
+def test_a_lost_avatar_comes_back_from_the_checkpoint(video: Path, tmp_path: Path, calls: Calls) -> None:
+    out = tmp_path / "me.t3d"
+    build(video, out, BuildConfig())
+    out.unlink()
+    assert build(video, out, BuildConfig()) == ["train"]
+    assert " from step " in calls[-1]
+
+
+def test_products_of_another_video_are_never_used(video: Path, tmp_path: Path, calls: Calls) -> None:
+    out, other = tmp_path / "me.t3d", tmp_path / "you.mp4"
+    build(video, out, BuildConfig())
+    other.write_bytes(b"another film")
+    with pytest.raises(ConfigError, match=r"another video \(me.mp4\): give another -o, or --fresh"):
+        build(other, out, BuildConfig())
+    assert calls == ALL
+    assert build(other, out, BuildConfig(), fresh=True) == ["track", "personalize", "train"]
+    assert json.loads((tmp_path / "me.build" / "manifest.json").read_text())["video"] == "you.mp4"
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_foreign_folder_is_left_alone(video: Path, tmp_path: Path, calls: Calls, fresh: bool) -> None:
+    (tmp_path / "me.build").mkdir()
+    (tmp_path / "me.build" / "thesis.txt").touch()
+    with pytest.raises(ConfigError, match="no build folder of talk3d"):
+        build(video, tmp_path / "me.t3d", BuildConfig(), fresh=fresh)
+    assert (tmp_path / "me.build" / "thesis.txt").exists()
+    assert calls == []
