@@ -230,9 +230,10 @@ def fit_background(picture: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "h 
 
 def person_matte(picture: UInt8[np.ndarray, "h w 3"], background: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "h w"]:
     """255 where a picture differs from its background, specks removed, holes filled, the edge softened."""
-    difference = np.abs(picture.astype(np.int16) - background).max(-1)
-    solid = binary_fill_holes(binary_opening(binary_closing(difference > MATTE_THRESHOLD, iterations=2), iterations=2))
-    return (255 * gaussian_filter(solid.astype(np.float32), 0.7)).round().astype(np.uint8)
+    difference = np.pad(np.abs(picture.astype(np.int16) - background).max(-1), 4, mode="edge")
+    closed = binary_closing(binary_opening(difference > MATTE_THRESHOLD), iterations=2)
+    solid = np.asarray(binary_fill_holes(closed), np.float32)[4:-4, 4:-4]
+    return (255 * gaussian_filter(solid, 0.7)).round().astype(np.uint8)
 
 
 def _novel_camera(truth: Truth, view: NovelView, frame: int, film_side_px: int) -> tuple[Camera, tuple[float, float, float, float]]:
