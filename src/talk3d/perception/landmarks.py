@@ -257,7 +257,9 @@ class FaceDetector:
         patch = np.zeros((inner, inner, 3), np.uint8)
         place = [round((value - start) / side * inner) for value, start in ((low_x, left), (low_y, top), (high_x, left), (high_y, top))]
         size = (place[2] - place[0], place[3] - place[1])
-        patch[place[1] : place[3], place[0] : place[2]] = picture.resize(size, Image.Resampling.BILINEAR, box=(low_x, low_y, high_x, high_y))
+        patch[place[1] : place[3], place[0] : place[2]] = np.asarray(
+            picture.resize(size, Image.Resampling.BILINEAR, box=(low_x, low_y, high_x, high_y))
+        )
         regressed, logits = sorted(self._network(_unit(patch) * 2 - 1), key=lambda output: -output.shape[-1])
         scores = 1 / (1 + np.exp(-np.clip(logits[:, 0], -80, 80)))
         sure = np.flatnonzero(scores > 0.5)
@@ -346,7 +348,7 @@ def _square_round(points: np.ndarray, angle_rad: float, scale: float) -> FaceBox
 
 
 def _box_of_detection(values: np.ndarray, score: float) -> FaceBox:
-    """The square for the point network from a detection: centre, size, right eye, left eye, …"""
+    """The square for the point network from a detection: centre, size, right eye, left eye, …."""
     line = values[3] - values[2]
     angle = math.atan2(line[1], line[0])
     return FaceBox(centre_px=(float(values[0, 0]), float(values[0, 1])), side_px=1.5 * float(values[1].max()), angle_rad=angle, score=float(score))
