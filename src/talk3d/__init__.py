@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from talk3d.io.avatars import load_person as load_person
     from talk3d.io.avatars import load_prior as load_prior
     from talk3d.io.clips import load_clip as load_clip
+    from talk3d.ops.geometry import orbit as orbit
     from talk3d.stages.animate import animate as animate
     from talk3d.stages.evaluate import evaluate as evaluate
     from talk3d.stages.personalize import personalize as personalize
@@ -41,6 +42,7 @@ _HOMES = {
     "load_clip": "talk3d.io.clips",
     "load_person": "talk3d.io.avatars",
     "load_prior": "talk3d.io.avatars",
+    "orbit": "talk3d.ops.geometry",
     "personalize": "talk3d.stages.personalize",
     "pretrain": "talk3d.stages.pretrain",
     "track": "talk3d.stages.track",

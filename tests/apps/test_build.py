@@ -15,6 +15,7 @@ Calls = list[str]
 class Product:
     def __init__(self, name: str) -> None:
         self.name = name
+        self.check: dict[str, Any] = {}
 
     def save(self, path: Path) -> None:
         path.write_text(self.name)

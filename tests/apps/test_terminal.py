@@ -4,7 +4,7 @@ import logging
 import pytest
 from rich.console import Console
 
-from talk3d.apps.terminal import Display, duration, print_table
+from talk3d.apps.terminal import Display, duration, note_findings, print_table
 
 
 class Clock:
@@ -70,6 +70,14 @@ def test_warnings_of_the_package_are_shown_once() -> None:
         logging.getLogger("talk3d.io.media").warning("10 frames were duplicates")
     logging.getLogger("talk3d.io.media").debug("afterwards")
     assert sink.getvalue() == "note: 10 frames were duplicates\n"
+
+
+def test_findings_are_shown_as_notes() -> None:
+    sink = io.StringIO()
+    with Display(Console(file=sink, width=200)):
+        note_findings({"landmarks": "the package registry", "warnings": ["the sound is quiet"]})
+        note_findings({})
+    assert sink.getvalue().splitlines() == ["note: the face points come from the package registry", "note: the sound is quiet"]
 
 
 def test_tables_hold_their_cells(capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from talk3d.apps.checkpoints import fingerprint, sha256_of
+from talk3d.apps.terminal import note_findings
 from talk3d.errors import ConfigError
 from talk3d.io.avatars import load_person, load_prior
 from talk3d.io.clips import load_clip
@@ -137,7 +138,9 @@ def build(
     trained = fingerprint(personalized, config.train)
 
     def make_clip() -> None:
-        track(video, config.track, face_model=config.face_model, progress=progress).save(clip_path)
+        clip = track(video, config.track, face_model=config.face_model, progress=progress)
+        note_findings(clip.check)
+        clip.save(clip_path)
 
     def make_person() -> None:
         checkpoint = products.checkpoint("personalize")

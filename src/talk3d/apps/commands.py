@@ -13,7 +13,7 @@ import tyro
 from tyro.conf import Positional, arg
 
 from talk3d.apps.checkpoints import checkpoint_beside, remove_checkpoints
-from talk3d.apps.terminal import Display, duration
+from talk3d.apps.terminal import Display, duration, note_findings, print_table
 from talk3d.errors import ConfigError
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -106,6 +106,7 @@ def _track() -> Callable[..., None]:
         check_output(out)
         with Display() as display:
             clip = track(video, config, face_model=face_model, progress=display)
+            note_findings(clip.check)
             clip.save(out)
         held_out = clip.num_frames - clip.num_training_frames
         print(f"{out}: {clip.num_frames} frames ({duration(clip.num_frames / clip.fps)}) at {clip.fps:g} fps, the last {held_out} held out")
@@ -271,6 +272,97 @@ def _pretrain() -> Callable[..., None]:
     return command
 
 
+def _animate() -> Callable[..., None]:
+    from talk3d.io.avatars import load_avatar
+    from talk3d.stages.animate import AnimateConfig, write_animation
+
+    defaults = AnimateConfig()
+
+    def command(
+        avatar: Input, audio: Input, /, out: Output, config: Annotated[AnimateConfig, arg(name="")] = defaults, device: Device = "auto"
+    ) -> None:
+        """Let an avatar speak a recording.
+
+        Args:
+            avatar: from `talk3d build` or `talk3d train`.
+            audio: wav, mp3, m4a, flac …, or a video whose sound is used; of any length.
+            out: the film, .mp4, .m4v, .mov or .mkv.
+            config: from where the avatar is seen.
+            device: where to render.
+        """
+        check_input(avatar, "an avatar, made by `talk3d build`")
+        check_input(audio, "a recording")
+        check_output(out)
+        with Display() as display:
+            num_frames = write_animation(load_avatar(avatar), audio, out, config, device=resolve_device(device), progress=display)
+        print(f"{out}: {num_frames} frames")
+
+    return command
+
+
+def _evaluate() -> Callable[..., None]:
+    from talk3d.io.avatars import load_avatar
+    from talk3d.io.clips import load_clip
+    from talk3d.stages.evaluate import EvaluateConfig, evaluate
+
+    defaults = EvaluateConfig()
+
+    def command(
+        avatar: Input,
+        clip: Input,
+        /,
+        out: Output,
+        config: Annotated[EvaluateConfig, arg(name="")] = defaults,
+        truth: Annotated[Path | None, arg(metavar="FOLDER")] = None,
+        device: Device = "auto",
+    ) -> None:
+        """Measure an avatar on the end of a clip, which its training never saw.
+
+        Args:
+            avatar: from `talk3d build` or `talk3d train`.
+            clip: of the same person; `talk3d build` keeps it in its .build folder.
+            out: the report, JSON; pictures go beside it.
+            config: what is measured.
+            truth: folder of an invented person with truth.npz and the same moments seen from other cameras.
+            device: where to render.
+        """
+        check_input(avatar, "an avatar, made by `talk3d build`")
+        check_input(clip, "a clip, made by `talk3d track`")
+        check_output(out)
+        with Display() as display:
+            report = evaluate(load_avatar(avatar), load_clip(clip), config, truth=truth, device=resolve_device(device), progress=display)
+        report.save(out)
+        print_table(str(out), ("measure", "value", "on"), report.rows())
+
+    return command
+
+
+def _demo() -> Callable[..., None]:
+    from talk3d.apps.doctor import asset
+    from talk3d.io.avatars import load_avatar
+    from talk3d.stages.animate import AnimateConfig, write_animation
+
+    def command(out: Output = Path("demo.mp4"), device: Device = "auto") -> None:
+        """Let the shipped avatar, a person who does not exist, speak the shipped sentence.
+
+        Args:
+            out: the film.
+            device: where to render.
+        """
+        check_output(out)
+        avatar = load_avatar(asset("sample_avatar.safetensors"))
+        with Display() as display:
+            write_animation(
+                avatar, asset("sample_sentence.flac"), out, AnimateConfig(camera="orbit"), device=resolve_device(device), progress=display
+            )
+        print(f"\n{out} is ready: look at it. Then try\n")
+        print("  talk3d build YOUR_VIDEO.mp4 -o me.t3d                               an avatar of your own")
+        print("  talk3d animate me.t3d SPEECH.wav -o talking.mp4 --camera orbit      let it speak any recording")
+        print("  talk3d animate --help                                               other cameras and backgrounds")
+
+    return command
+
+
 def _doctor() -> Callable[..., None]:
     from talk3d.apps.doctor import examine
 
@@ -283,8 +375,11 @@ def _doctor() -> Callable[..., None]:
 
 
 COMMANDS: dict[str, Callable[[], Callable[..., None]]] = {
+    "animate": _animate,
     "build": _build,
+    "demo": _demo,
     "doctor": _doctor,
+    "evaluate": _evaluate,
     "personalize": _personalize,
     "pretrain": _pretrain,
     "track": _track,

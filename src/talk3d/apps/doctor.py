@@ -14,7 +14,7 @@ from talk3d.io.face_models import TASK_NAME, WHEEL, WHEEL_MEMBERS, cache_folder,
 
 PACKAGES = ("numpy", "scipy", "av", "safetensors", "ai-edge-litert", "torchmetrics", "jaxtyping", "tyro", "rich")
 UNWANTED = ("torchvision", "torchaudio")
-ASSETS = ("builtin_prior.safetensors", "sample_avatar.safetensors", "sample_sentence.wav")
+ASSETS = ("builtin_prior.safetensors", "sample_avatar.safetensors", "sample_sentence.flac")
 
 
 def asset(name: str) -> Path:

@@ -4,10 +4,13 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+
+logger = logging.getLogger(__name__)
 
 
 def duration(seconds: float) -> str:
@@ -108,6 +111,18 @@ class Display:
         if total and done > 0 and step < total:
             left = f"  {duration((self.clock() - self.started_s) / done * (total - step))} left"
         self.note(f"{self.stage} {step}/{total or '?'}{left}  {_describe(values)}".rstrip())
+
+
+def note_findings(check: Mapping[str, Any]) -> None:
+    """Say what tracking noticed about a video, and which face models it used.
+
+    Args:
+        check: of the clip.
+    """
+    if "landmarks" in check:
+        logger.warning("the face points come from %s", check["landmarks"])
+    for warning in check.get("warnings", ()):
+        logger.warning("%s", warning)
 
 
 def print_table(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
