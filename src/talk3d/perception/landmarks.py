@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -73,6 +73,7 @@ class FaceObservation:
     """Left and right eye, larger is further shut; the scale depends on the model."""
 
 
+@runtime_checkable
 class FaceModel(Protocol):
     """Finds faces and their points in single pictures; keeps no state between them."""
 
