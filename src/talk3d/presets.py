@@ -7,6 +7,7 @@ from talk3d.models.superresolution import SuperresolutionConfig
 TINY = GeneratorConfig(
     z_dim=8,
     c_dim=0,
+    mapping_layers=0,
     channel_base=256,
     channel_max=16,
     renderer=RendererConfig(
@@ -25,6 +26,7 @@ TINY = GeneratorConfig(
 BUILTIN256 = GeneratorConfig(
     z_dim=128,
     c_dim=0,
+    mapping_layers=0,
     channel_base=8192,
     channel_max=256,
     renderer=RendererConfig(
@@ -34,8 +36,8 @@ BUILTIN256 = GeneratorConfig(
         decoder_hidden=32,
         feature_channels=32,
         neural_rendering_resolution=64,
-        depth_resolution=24,
-        depth_resolution_importance=24,
+        depth_resolution=16,
+        depth_resolution_importance=16,
         superresolution=SuperresolutionConfig(input_side=64, channels=(32, 16), matte=True),
     ),
 )

@@ -25,7 +25,7 @@ class GeneratorConfig:
     label_scale: float = 1.0
     """The label is multiplied by this first; 0 ignores it."""
     mapping_layers: int = 2
-    """Layers of the mapping network."""
+    """Layers of the mapping network; 0 is one affine map."""
     channel_base: int = 32768
     """Channels of the backbone at a resolution are min(channel_base / resolution, channel_max)."""
     channel_max: int = 512

@@ -19,7 +19,10 @@ def _normalise(x: Float[Tensor, "b d"]) -> Float[Tensor, "b d"]:
 
 
 class MappingNetwork(nn.Module):
-    """Latent z and, if `c_dim` > 0, a conditioning camera label to one w, repeated to `num_ws` rows."""
+    """Latent z and, if `c_dim` > 0, a conditioning camera label to one w, repeated to `num_ws` rows.
+
+    With no layers it is one affine map, so that w is normally distributed: what an auto-decoder's codes are fitted with.
+    """
 
     w_avg: Tensor
 
@@ -29,6 +32,8 @@ class MappingNetwork(nn.Module):
         if c_dim:
             self.embed = EqualLinear(c_dim, w_dim)
         widths = [z_dim + (w_dim if c_dim else 0)] + [w_dim] * num_layers
+        if not num_layers:
+            self.affine = EqualLinear(widths[0], w_dim)
         for i in range(num_layers):
             setattr(self, f"fc{i}", EqualLinear(widths[i], widths[i + 1], activation="lrelu", lr=0.01))
         self.register_buffer("w_avg", torch.zeros(w_dim))
@@ -48,6 +53,8 @@ class MappingNetwork(nn.Module):
         if self.c_dim:
             assert label is not None, "this mapping network is conditioned: give a label"
             x = torch.cat([x, _normalise(self.embed(label.float()))], 1)
+        if not self.num_layers:
+            x = self.affine(x)
         for i in range(self.num_layers):
             x = getattr(self, f"fc{i}")(x)
         ws = x[:, None].repeat(1, self.num_ws, 1)  # b n w

@@ -1,9 +1,11 @@
 """Pretraining: a tri-plane generator learns what heads are from multi-view pictures with known cameras.
 
-Every moment of every person has a latent of its own, learned beside the generator (an auto-decoder): half of it belongs to the person and
-is shared by all their moments, half to the moment. Mirror images count as further people.
+Every moment of every person has a code w of its own, learned beside the generator (an auto-decoder): the sum of an average, an offset of the
+person, shared by all their moments, and an offset of the moment. Mirror images count as further people. Afterwards the mapping network is
+fitted to the codes, so that random latents give random heads.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,8 +34,8 @@ class PretrainConfig:
     """Pictures of each moment in a batch."""
     learning_rate: float = 2e-3
     """Of the generator at the start; falls to a hundredth along a half cosine."""
-    latent_learning_rate: float = 5e-3
-    """Of the latents, with the same schedule."""
+    code_learning_rate: float = 5e-3
+    """Of the codes, with the same schedule."""
     average_decay: float = 0.999
     """Of the moving average of the weights, which is what is kept."""
     image_weight: float = 1.0
@@ -46,8 +48,8 @@ class PretrainConfig:
     """Of the L1 difference of raw pictures."""
     density_weight: float = 0.002
     """Of the total variation of density."""
-    latent_weight: float = 1e-3
-    """Of the latents' mean square, which keeps them near where random heads are drawn."""
+    code_weight: float = 1e-3
+    """Of the mean square of the codes' offsets, which keeps people near each other."""
 
     def __post_init__(self) -> None:
         """Refuse numbers that cannot work."""
@@ -55,17 +57,18 @@ class PretrainConfig:
             raise ConfigError("pretrain needs at least 1 step, sample and view: give positive numbers")
 
 
-class _Latents(nn.Module):
-    """Person and moment codes; mirrored people follow the originals."""
+class _Codes(nn.Module):
+    """Person and moment offsets in w; mirrored people follow the originals."""
 
-    def __init__(self, num_people: int, num_samples: int, z_dim: int, generator: torch.Generator) -> None:
+    def __init__(self, num_people: int, num_samples: int, w_dim: int, generator: torch.Generator) -> None:
         super().__init__()
-        self.person = nn.Parameter(torch.randn(2 * num_people, z_dim // 2, generator=generator))
-        self.moment = nn.Parameter(torch.randn(2 * num_samples, z_dim - z_dim // 2, generator=generator))
+        self.average = nn.Parameter(torch.randn(w_dim, generator=generator))
+        self.person = nn.Parameter(0.1 * torch.randn(2 * num_people, w_dim, generator=generator))
+        self.moment = nn.Parameter(0.1 * torch.randn(2 * num_samples, w_dim, generator=generator))
         self.num_people, self.num_samples = num_people, num_samples
 
-    def forward(self, sample: Int[Tensor, " b"], person: Int[Tensor, " b"], mirrored: Int[Tensor, " b"]) -> Float[Tensor, "b z"]:
-        return torch.cat([self.person[person + mirrored * self.num_people], self.moment[sample + mirrored * self.num_samples]], 1)
+    def forward(self, sample: Int[Tensor, " b"], person: Int[Tensor, " b"], mirrored: Int[Tensor, " b"]) -> Float[Tensor, "b w"]:
+        return self.average + self.person[person + mirrored * self.num_people] + self.moment[sample + mirrored * self.num_samples]
 
 
 def mirror(images: Float[Tensor, "b c h w"], camera: Camera, mirrored: Int[Tensor, " b"]) -> tuple[Float[Tensor, "b c h w"], Camera]:
@@ -113,8 +116,8 @@ def pretrain(
         torch.manual_seed(seed)
         generator = TriplaneGenerator(sizes)
     generator = generator.to(device).train()
-    latents = _Latents(int(heads.person.max()) + 1, int(heads.sample.max()) + 1, sizes.z_dim, initial).to(device)
-    trainer = _Trainer(config, heads, generator, latents, device=device, seed=seed)
+    codes = _Codes(int(heads.person.max()) + 1, int(heads.sample.max()) + 1, sizes.renderer.w_dim, initial).to(device)
+    trainer = _Trainer(config, heads, generator, codes, device=device, seed=seed)
     loop = Loop(modules=trainer.modules, optimizers={"adam": trainer.optimizer}, generators=trainer.generators, checkpoint=checkpoint)
     loop.run("pretrain", config.steps, trainer.step, progress)
     return trainer.result(str(dataset), seed)
@@ -124,18 +127,17 @@ class _Trainer:
     """One step of supervised pretraining and what it needs."""
 
     def __init__(
-        self, config: PretrainConfig, heads: HeadDataset, generator: TriplaneGenerator, latents: _Latents, *, device: str, seed: int
+        self, config: PretrainConfig, heads: HeadDataset, generator: TriplaneGenerator, codes: _Codes, *, device: str, seed: int
     ) -> None:
-        self.config, self.heads, self.generator, self.latents, self.device = config, heads, generator, latents, device
+        self.config, self.generator, self.codes, self.device = config, generator, codes, device
+        self.images, self.cameras = heads.images.to(device), heads.cameras.to(device)
         self.average = Average(generator, config.average_decay)
-        self.modules: dict[str, nn.Module] = {"generator": generator, "latents": latents, "average": self.average.module}
-        self.optimizer = torch.optim.Adam(
-            [
-                {"params": list(generator.parameters()), "lr": config.learning_rate},
-                {"params": list(latents.parameters()), "lr": config.latent_learning_rate},
-            ],
-            betas=(0.0, 0.99),
-        )
+        self.modules: dict[str, nn.Module] = {"generator": generator, "codes": codes, "average": self.average.module}
+        parts = [
+            {"params": [p for n, p in generator.named_parameters() if "mapping" not in n], "lr": config.learning_rate, "betas": (0.9, 0.99)},
+            {"params": list(codes.parameters()), "lr": config.code_learning_rate, "betas": (0.0, 0.99)},
+        ]
+        self.optimizer = torch.optim.Adam(parts)
         self.generators = {"choice": torch.Generator().manual_seed(seed), "rays": torch.Generator(device).manual_seed(seed)}
         order = torch.argsort(heads.sample, stable=True)
         self.views = torch.split(order, torch.bincount(heads.sample).tolist())
@@ -144,29 +146,25 @@ class _Trainer:
     def step(self, number: int) -> dict[str, Float[Tensor, ""]]:
         """Draw moments and views, render, compare, descend."""
         config = self.config
-        fraction = number / config.steps
-        scale = 0.01 + 0.99 * (0.5 + 0.5 * torch.cos(torch.tensor(torch.pi * fraction)).item())
-        for group, rate in zip(self.optimizer.param_groups, (config.learning_rate, config.latent_learning_rate), strict=True):
+        scale = 0.01 + 0.99 * (0.5 + 0.5 * math.cos(math.pi * number / config.steps))
+        for group, rate in zip(self.optimizer.param_groups, (config.learning_rate, config.code_learning_rate), strict=True):
             group["lr"] = rate * scale
-        z, target, camera = self._batch()
-        ws = self.generator.mapping(z)
-        triplane = self.generator.triplane(ws)
+        w, target, camera = self._batch()
+        triplane = self.generator.triplane(w[:, None].expand(-1, self.generator.num_ws, -1))
         repeated = Triplane(planes=triplane.planes.repeat_interleave(config.views_per_sample, 0), axes=triplane.axes)
-        w = ws[:, -1].repeat_interleave(config.views_per_sample, 0)
-        rendering = self.generator.render_triplane(repeated, w, camera, generator=self.generators["rays"])
+        styles = w.repeat_interleave(config.views_per_sample, 0)
+        rendering = self.generator.render_triplane(repeated, styles, camera, generator=self.generators["rays"])
         terms = picture_losses(rendering, target)
         terms["density"] = density_variation(self.generator, triplane, self.generators["rays"])
-        terms["latent"] = z.square().mean()
-        weights = {name: getattr(config, f"{name}_weight") for name in terms}
-        loss = weighted_sum(terms, weights)
+        terms["code"] = (w - self.codes.average).square().mean()
+        loss = weighted_sum(terms, {name: getattr(config, f"{name}_weight") for name in terms})
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(self.generator.parameters(), 1.0)
         self.optimizer.step()
         self.average.update(self.generator, number)
         return {name: term.detach() for name, term in terms.items()}
 
-    def _batch(self) -> tuple[Float[Tensor, "s z"], PictureTarget, Camera]:
+    def _batch(self) -> tuple[Float[Tensor, "s w"], PictureTarget, Camera]:
         config, choice = self.config, self.generators["choice"]
         samples = torch.randint(len(self.views), (config.samples_per_step,), generator=choice)
         mirrored = torch.randint(2, (config.samples_per_step,), generator=choice)
@@ -175,26 +173,31 @@ class _Trainer:
             views = self.views[sample]
             order = torch.randperm(len(views), generator=choice)
             picks.append(views[order.repeat(-(-config.views_per_sample // len(views)))[: config.views_per_sample]])
-        index = torch.cat(picks)
-        rgba = self.heads.images[index].to(self.device).permute(0, 3, 1, 2).float() / 255
-        camera = self.heads.cameras[index].to(self.device)
-        rgba, camera = mirror(rgba, camera, mirrored.repeat_interleave(config.views_per_sample).to(self.device))
-        z = self.latents(samples.to(self.device), self.person_of_sample[samples].to(self.device), mirrored.to(self.device))
+        index = torch.cat(picks).to(self.device)
+        person = self.person_of_sample[samples].to(self.device)
+        samples, mirrored = samples.to(self.device), mirrored.to(self.device)
+        rgba = self.images[index].permute(0, 3, 1, 2).float() / 255
+        rgba, camera = mirror(rgba, self.cameras[index], mirrored.repeat_interleave(config.views_per_sample))
         alpha = rgba[:, 3:]
-        return z, PictureTarget(image=premultiply(2 * rgba[:, :3] - 1, alpha), alpha=alpha), camera
+        target = PictureTarget(image=premultiply(2 * rgba[:, :3] - 1, alpha), alpha=alpha)
+        return self.codes(samples, person, mirrored), target, camera
 
     def result(self, dataset: str, seed: int) -> Prior:
-        """Return the averaged generator with the statistics that inversion starts from."""
-        generator = self.average.module
+        """Return the averaged generator, its mapping network fitted to the codes by principal components."""
+        generator, codes = self.average.module, self.codes
         assert isinstance(generator, TriplaneGenerator)
+        moments = torch.arange(2 * codes.num_samples, device=self.device)
+        sample = moments % codes.num_samples
+        mirrored = (moments >= codes.num_samples).long()
         with torch.no_grad():
-            people = torch.arange(2 * self.latents.num_people, device=self.device)
-            moments = torch.arange(2 * self.latents.num_samples, device=self.device)
-            half = moments % self.latents.num_samples
-            mirrored = (moments >= self.latents.num_samples).long()
-            person = self.person_of_sample.to(self.device)[half]
-            assert len(people) > int(person.max())
-            ws = generator.mapping(self.latents(half, person, mirrored))[:, 0]
-            generator.backbone["mapping"].w_avg.copy_(ws.mean(0))
-        provenance = {"dataset": dataset, "pictures": len(self.heads.images), "steps": self.config.steps, "seed": seed}
-        return Prior(generator=generator.cpu(), w_std=float((ws - ws.mean(0)).square().mean().sqrt()), face_template=None, provenance=provenance)
+            w = codes(sample, self.person_of_sample.to(self.device)[sample], mirrored)
+            mean = w.mean(0)
+            _, spread, directions = torch.linalg.svd((w - mean) / math.sqrt(len(w)), full_matrices=False)
+            mapping = generator.backbone["mapping"]
+            count = min(len(spread), mapping.affine.weight.shape[1])
+            mapping.affine.weight.zero_()
+            mapping.affine.weight[:, :count] = (spread[:count, None] * directions[:count]).T * math.sqrt(mapping.affine.weight.shape[1])
+            mapping.affine.bias.copy_(mean)
+            mapping.w_avg.copy_(mean)
+        provenance = {"dataset": Path(dataset).name, "pictures": len(self.images), "steps": self.config.steps, "seed": seed}
+        return Prior(generator=generator.cpu(), w_std=float((w - mean).square().mean().sqrt()), provenance=provenance)

@@ -52,8 +52,7 @@ class Average:
         """Move towards the module's current values; early steps (fewer than 1 / (1 - decay)) move faster."""
         decay = min(self.decay, (1 + step) / (10 + step))
         with torch.no_grad():
-            for mine, theirs in zip(self.module.parameters(), module.parameters(), strict=True):
-                mine.lerp_(theirs, 1 - decay)
+            torch._foreach_lerp_(list(self.module.parameters()), list(module.parameters()), 1 - decay)
             for mine, theirs in zip(self.module.buffers(), module.buffers(), strict=True):
                 mine.copy_(theirs)
 
@@ -72,9 +71,10 @@ class Loop:
         generators: Mapping[str, torch.Generator],
         checkpoint: Path | None = None,
         checkpoint_every: int = 200,
+        report_every: int = 5,
     ) -> None:
         self.modules, self.optimizers, self.generators = dict(modules), dict(optimizers), dict(generators)
-        self.checkpoint, self.checkpoint_every = checkpoint, checkpoint_every
+        self.checkpoint, self.checkpoint_every, self.report_every = checkpoint, checkpoint_every, report_every
         self.step = 0
         if checkpoint is not None and checkpoint.exists():
             self._restore(checkpoint)
@@ -85,7 +85,8 @@ class Loop:
             while self.step < total:
                 values = step(self.step)
                 self.step += 1
-                progress(stage, self.step, total, {name: float(value) for name, value in values.items()})
+                if self.step % self.report_every == 0 or self.step == total:
+                    progress(stage, self.step, total, {name: float(value) for name, value in values.items()})
                 if interrupted():
                     self.save()
                     raise KeyboardInterrupt
