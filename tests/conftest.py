@@ -2,7 +2,8 @@
 
 from jaxtyping import install_import_hook
 
-install_import_hook("talk3d", "beartype.beartype")
+# As in static checkers, an int is a float too.
+install_import_hook("talk3d", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 
 from pathlib import Path  # noqa: E402
 

@@ -28,3 +28,15 @@ def test_outputs_must_have_a_folder(tmp_path: Path) -> None:
     for path in (tmp_path / "absent" / "out", Path("/dev/null/out")):
         with pytest.raises(ConfigError, match="cannot write"):
             commands.check_output(path)
+
+
+def test_outputs_replace_only_their_own_kind(tmp_path: Path) -> None:
+    (tmp_path / "clip").mkdir()
+    (tmp_path / "clip" / "clip.json").touch()
+    (tmp_path / "person.t3d").touch()
+    commands.check_output(tmp_path / "clip", folder_with="clip.json")
+    commands.check_output(tmp_path / "person.t3d")
+    with pytest.raises(ConfigError, match="something else"):
+        commands.check_output(tmp_path / "clip")
+    with pytest.raises(ConfigError, match="something else"):
+        commands.check_output(tmp_path / "person.t3d", folder_with="clip.json")

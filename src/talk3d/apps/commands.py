@@ -75,17 +75,24 @@ def check_input(path: Path, what: str) -> None:
         raise ConfigError(f"{path} does not exist: give the path of {what}")
 
 
-def check_output(path: Path) -> None:
-    """Refuse, before any long work, a path where nothing can be written.
+def check_output(path: Path, *, folder_with: str | None = None) -> None:
+    """Refuse, before any long work, a path where nothing can be written or something else would be lost.
+
+    Args:
+        path: where the result will go.
+        folder_with: if the result is a folder, a file by which an earlier result, which may be replaced, is known.
 
     Raises:
-        ConfigError: its folder is missing or cannot be written.
+        ConfigError: its folder is missing or cannot be written, or something of another kind is there.
     """
     try:
         with TemporaryFile(dir=path.parent):
             pass
     except OSError as error:
         raise ConfigError(f"cannot write {path} ({error.strerror}): give a path in a folder that exists and can be written") from error
+    replaceable = path.is_file() if folder_with is None else (path / folder_with).is_file()
+    if path.exists() and not replaceable:
+        raise ConfigError(f"{path} is there already and is something else: give another -o, so that nothing of yours is overwritten")
 
 
 def _track() -> Callable[..., None]:
@@ -103,7 +110,7 @@ def _track() -> Callable[..., None]:
             face_model: MediaPipe's face_landmarker.task, if it is not in its usual place.
         """
         check_input(video, "a video")
-        check_output(out)
+        check_output(out, folder_with="clip.json")
         with Display() as display:
             clip = track(video, config, face_model=face_model, progress=display)
             note_findings(clip.check)
