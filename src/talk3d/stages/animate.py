@@ -149,7 +149,7 @@ def to_uint8(pictures: Float[Tensor, "b 3 h w"]) -> UInt8[np.ndarray, "b h w 3"]
 def _frames(avatar: Avatar, waveform: Waveform, cameras: Camera | None, config: AnimateConfig, device: str) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
     stand = _Stand(avatar, cameras, config, device)
     for frames, audio in _speech(waveform, avatar, config.batch_size):
-        with torch.inference_mode():  # never held across a yield: the caller's own tensors are none of our business
+        with torch.no_grad():  # never held across a yield: the caller's own tensors are none of our business
             pictures = stand.render(frames, audio.to(device))
         yield from pictures
 

@@ -1,0 +1,170 @@
+import math
+import tracemalloc
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+
+from talk3d.errors import ConfigError, MediaError
+from talk3d.io.media import VideoWriter, read_audio, scan_video
+from talk3d.ops.geometry import head_camera
+from talk3d.perception.speech import speech_features
+from talk3d.stages.animate import AnimateConfig, animate, composite, count_frames, ping_pong, write_animation
+from talk3d.types import Rendering, Waveform
+
+PERFORMED = 5
+
+
+def sound(duration_s: float, rate_hz: int = 16000) -> Waveform:
+    time = torch.arange(round(duration_s * rate_hz)) / rate_hz
+    return Waveform(samples=0.5 * torch.sin(2 * math.pi * 220 * time) * torch.sin(7 * time), sample_rate_hz=rate_hz)
+
+
+def test_ping_pong_shows_the_ends_once() -> None:
+    assert ping_pong(torch.arange(10), 4).tolist() == [0, 1, 2, 3, 2, 1, 0, 1, 2, 3]
+    assert ping_pong(torch.arange(4), 2).tolist() == [0, 1, 0, 1]
+    assert ping_pong(torch.arange(3), 1).tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize(("duration_s", "expected"), [(1.0, 25), (0.1, 2), (0.001, 1), (2.03, 51)])
+def test_there_are_as_many_frames_as_fit_the_sound(make_avatar, duration_s: float, expected: int) -> None:
+    frames = list(animate(make_avatar(), sound(duration_s)))
+    assert len(frames) == expected == count_frames(sound(duration_s), 25.0)
+    assert frames[0].shape == (8, 8, 3) and frames[0].dtype == np.uint8
+
+
+def test_sound_longer_than_the_performance_goes_back_and_forth(make_avatar) -> None:
+    avatar = make_avatar()
+    list(animate(avatar, sound(1.0)))
+    order = ping_pong(torch.arange(25), PERFORMED)
+    torch.testing.assert_close(avatar.driven.blink, avatar.performance.blink[order])
+    torch.testing.assert_close(avatar.driven.head_pose, avatar.performance.head_pose[order])
+    torch.testing.assert_close(avatar.driven.anchors, avatar.performance.anchors[order])
+    torch.testing.assert_close(avatar.filmed, avatar.performance.cameras.cam2world[order])
+
+
+def test_a_fixed_camera_keeps_the_head_calm_but_lets_it_blink(make_avatar) -> None:
+    avatar = make_avatar()
+    list(animate(avatar, sound(1.0), config=AnimateConfig(camera="fixed", yaw_deg=20.0, pitch_deg=-5.0)))
+    expected = head_camera(torch.tensor([[math.radians(20), math.radians(-5), 0]])).cam2world.expand(25, 4, 4)
+    torch.testing.assert_close(avatar.filmed, expected)
+    torch.testing.assert_close(avatar.driven.head_pose, torch.full((25, 3), 2.0))
+    torch.testing.assert_close(avatar.driven.anchors, torch.full((25, 6), 2.0))
+    torch.testing.assert_close(avatar.driven.blink, avatar.performance.blink[ping_pong(torch.arange(25), PERFORMED)])
+
+
+def test_the_orbit_swings_to_its_largest_angle_and_repeats(make_avatar) -> None:
+    avatar = make_avatar()
+    list(animate(avatar, sound(3.0), config=AnimateConfig(camera="orbit", orbit_yaw_deg=25.0, orbit_period_s=0.8)))
+    centre = avatar.filmed[:, :3, 3]
+    yaw = torch.atan2(centre[:, 0], centre[:, 2] - 0.2).rad2deg()
+    assert yaw[0].item() == pytest.approx(0, abs=1e-3)
+    assert yaw[5].item() == pytest.approx(25, abs=1e-3) and yaw[15].item() == pytest.approx(-25, abs=1e-3)
+    torch.testing.assert_close(avatar.filmed[20:40], avatar.filmed[:20])
+
+
+def test_given_cameras_go_back_and_forth(make_avatar) -> None:
+    avatar = make_avatar()
+    cameras = head_camera(torch.linspace(-0.3, 0.3, 3)[:, None] * torch.tensor([1.0, 0.0, 0.0]))
+    list(animate(avatar, sound(0.24), cameras))
+    torch.testing.assert_close(avatar.filmed, cameras.cam2world[[0, 1, 2, 1, 0, 1]])
+    with pytest.raises(ConfigError, match="no camera"):
+        animate(avatar, sound(0.24), cameras[:0])
+
+
+def test_the_batch_size_changes_no_frame(make_avatar) -> None:
+    frames = [np.stack(list(animate(make_avatar(), sound(1.0), config=AnimateConfig(batch_size=size)))) for size in (1, 4, 7)]
+    assert (frames[0] == frames[1]).all() and (frames[0] == frames[2]).all()
+
+
+def test_long_sound_is_heard_in_pieces_as_if_it_were_whole(make_avatar) -> None:
+    avatar, speech = make_avatar(), sound(64.0)
+    list(animate(avatar, speech, config=AnimateConfig(batch_size=32)))
+    whole = speech_features(speech, 1600, 25.0).around(torch.arange(1600))
+    torch.testing.assert_close(avatar.driven.audio, whole, atol=1e-4, rtol=0)
+
+
+def test_frames_are_a_stream(make_avatar) -> None:
+    avatar = make_avatar(side=128)
+    speech = sound(40.0)
+    tracemalloc.start()
+    for _ in animate(avatar, speech):
+        avatar.seen.clear()
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 10 * 128 * 128 * 3 * 4
+
+
+def test_the_callers_tensors_stay_ordinary(make_avatar) -> None:
+    frames = animate(make_avatar(), sound(0.5))
+    next(frames)
+    assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize(("background", "expected"), [("plate", 0.75), ("white", 1.0), ("grey", 0.5), ("black", 0.0)])
+def test_what_lies_behind_shows_where_nobody_is(make_avatar, background: str, expected: float) -> None:
+    frame = next(iter(animate(make_avatar(alpha=0.0), sound(0.1), config=AnimateConfig(background=background))))  # pyright: ignore[reportArgumentType]
+    assert np.abs(frame.astype(float) - 255 * expected).max() <= 0.5
+
+
+def test_compositing_half_transparent_pictures() -> None:
+    colour, alpha, behind = torch.tensor(0.8), torch.full((1, 1, 2, 2), 0.25), torch.full((1, 3, 2, 2), 0.4)
+    image = (2 * 0.25 * colour - 1).expand(1, 3, 2, 2)
+    rendering = Rendering(image=image, alpha=alpha, raw=image, raw_alpha=alpha, features=image, depth=alpha)
+    torch.testing.assert_close(composite(rendering, behind), torch.full((1, 3, 2, 2), 0.25 * 0.8 + 0.75 * 0.4))
+
+
+def test_silence_works(make_avatar) -> None:
+    frames = list(animate(make_avatar(), Waveform(samples=torch.zeros(8000), sample_rate_hz=16000)))
+    assert len(frames) == 12
+
+
+def test_unfit_sound_is_refused_at_once(make_avatar, tmp_path: Path) -> None:
+    with pytest.raises(MediaError, match="empty"):
+        animate(make_avatar(), Waveform(samples=torch.zeros(0), sample_rate_hz=16000))
+    with pytest.raises(MediaError, match="not numbers"):
+        animate(make_avatar(), Waveform(samples=torch.full((800,), float("nan")), sample_rate_hz=16000))
+    with pytest.raises(MediaError, match="no file"):
+        animate(make_avatar(), tmp_path / "missing.wav")
+    with pytest.raises(ConfigError, match="16000 Hz"):
+        animate(make_avatar(), sound(0.2, 8000))
+    with pytest.raises(ConfigError, match="listens to 'hubert'"):
+        animate(make_avatar(audio_source="hubert"), sound(0.2))
+
+
+@pytest.mark.parametrize("settings", [{"orbit_period_s": 0.0}, {"batch_size": 0}, {"yaw_deg": float("nan")}])
+def test_unfit_settings_are_refused(settings: dict[str, float]) -> None:
+    with pytest.raises(ConfigError):
+        AnimateConfig(**settings)  # pyright: ignore[reportArgumentType]
+
+
+def test_a_written_video_has_all_frames_and_the_sound(make_avatar, tmp_path: Path) -> None:
+    heard: list[tuple[str, int, int]] = []
+    path = tmp_path / "talking.mp4"
+    total = write_animation(make_avatar(side=32), sound(1.2), path, progress=lambda stage, step, of, values: heard.append((stage, step, of)))
+    assert total == 30 and heard[0] == ("animate", 1, 30) and heard[-1] == ("animate", 30, 30)
+    scan = scan_video(path)
+    assert (scan.num_frames, scan.width_px, scan.height_px) == (30, 32, 32)
+    assert read_audio(path).duration_s == pytest.approx(1.2, abs=0.07)
+    assert [p.name for p in tmp_path.iterdir()] == ["talking.mp4"]
+
+
+def test_the_sound_of_a_file_keeps_its_quality(make_avatar, tmp_path: Path) -> None:
+    with VideoWriter(tmp_path / "said.mp4", 32, 32, audio=sound(1.0, 44100)) as writer:
+        for _ in range(25):
+            writer.write(np.zeros((32, 32, 3), np.uint8))
+    write_animation(make_avatar(side=32), tmp_path / "said.mp4", tmp_path / "talking.mp4")
+    with av.open(str(tmp_path / "talking.mp4")) as container:
+        assert container.streams.audio[0].rate == 44100
+
+
+def test_nothing_is_left_where_writing_fails(make_avatar, tmp_path: Path) -> None:
+    with pytest.raises(MediaError):
+        write_animation(make_avatar(side=32), sound(0.2), tmp_path / "missing" / "talking.mp4")
+    avatar = make_avatar(side=32)
+    avatar.render = None
+    with pytest.raises(TypeError):
+        write_animation(avatar, sound(0.2), tmp_path / "talking.mp4")
+    assert list(tmp_path.iterdir()) == []
