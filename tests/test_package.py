@@ -17,6 +17,10 @@ def test_every_public_name_is_there(name: str) -> None:
     assert name in dir(talk3d)
 
 
+def test_every_public_name_has_a_home() -> None:
+    assert set(talk3d.__all__) == {"__version__", *talk3d._HOMES}
+
+
 def test_other_names_are_not() -> None:
     with pytest.raises(AttributeError, match="no attribute 'helper'"):
         talk3d.helper  # noqa: B018

@@ -49,7 +49,27 @@ _HOMES = {
     "train": "talk3d.stages.train",
 }
 
-__all__ = ["__version__", *_HOMES]
+__all__ = [
+    "__version__",
+    "Camera",
+    "ConfigError",
+    "MediaError",
+    "ShapeError",
+    "Talk3DError",
+    "TrackingError",
+    "WeightsError",
+    "animate",
+    "evaluate",
+    "load_avatar",
+    "load_clip",
+    "load_person",
+    "load_prior",
+    "orbit",
+    "personalize",
+    "pretrain",
+    "track",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

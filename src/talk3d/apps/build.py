@@ -1,9 +1,12 @@
-"""From a video to an avatar in one go, resumable at any point.
+"""From a video to an avatar in one go, resumable at any point; and which unfinished work any command may go on with.
 
 Intermediate products lie in a folder beside the avatar, with a manifest that says which video and settings each came from. A stage is skipped when
 its product is there and came from the same video, settings and earlier products; otherwise it is made again. Nothing of another video is ever used.
 """
 
+import dataclasses
+import glob
+import hashlib
 import json
 import os
 import shutil
@@ -12,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from talk3d.apps.checkpoints import fingerprint, sha256_of
+from talk3d import __version__
 from talk3d.apps.terminal import note_findings
 from talk3d.errors import ConfigError
 from talk3d.io.avatars import load_person, load_prior
@@ -37,6 +40,49 @@ class BuildConfig:
     """Of personalisation."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """Of training."""
+
+
+def fingerprint(*parts: Any) -> str:
+    """Return a short hash of settings and inputs: equal parts, equal fingerprint.
+
+    Args:
+        parts: config dataclasses, plain values, and paths, which count with their content (a folder with its files' names, sizes and times).
+    """
+    digest = hashlib.sha256(__version__.encode())
+    for part in parts:
+        digest.update(b"\0")
+        if isinstance(part, Path) and part.is_dir():
+            states = [(str(file.relative_to(part)), file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(part.rglob("*"))]
+            digest.update(json.dumps(states).encode())
+        elif isinstance(part, Path):
+            digest.update(sha256_of(part).encode())
+        elif dataclasses.is_dataclass(part) and not isinstance(part, type):
+            digest.update(json.dumps([type(part).__name__, dataclasses.asdict(part)], default=str).encode())
+        else:
+            digest.update(json.dumps(part).encode())
+    return digest.hexdigest()[:16]
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def checkpoint_beside(out: Path, *parts: Any) -> Path:
+    """Return where work on `out` keeps its checkpoint; other inputs or settings get another place.
+
+    Args:
+        out: the file being made.
+        parts: all that its content depends on, see `fingerprint`.
+    """
+    return out.with_name(f"{out.name}.{fingerprint(*parts)}.checkpoint")
+
+
+def remove_checkpoints(out: Path) -> None:
+    """Remove every checkpoint of `out`, once it is whole."""
+    for checkpoint in out.parent.glob(f"{glob.escape(out.name)}.*.checkpoint"):
+        checkpoint.unlink()
 
 
 class Products:

@@ -12,7 +12,6 @@ import torch
 import tyro
 from tyro.conf import Positional, arg
 
-from talk3d.apps.checkpoints import checkpoint_beside, remove_checkpoints
 from talk3d.apps.terminal import Display, duration, note_findings, print_table
 from talk3d.errors import ConfigError
 
@@ -122,6 +121,7 @@ def _track() -> Callable[..., None]:
 
 
 def _personalize() -> Callable[..., None]:
+    from talk3d.apps.build import checkpoint_beside, remove_checkpoints
     from talk3d.io.avatars import load_prior
     from talk3d.io.clips import load_clip
     from talk3d.stages.personalize import PersonalizeConfig, personalize
@@ -162,6 +162,7 @@ def _personalize() -> Callable[..., None]:
 
 
 def _train() -> Callable[..., None]:
+    from talk3d.apps.build import checkpoint_beside, remove_checkpoints
     from talk3d.io.avatars import load_person
     from talk3d.io.clips import load_clip
     from talk3d.stages.train import TrainConfig, train
@@ -241,6 +242,7 @@ def _build() -> Callable[..., None]:
 
 def _pretrain() -> Callable[..., None]:
     from talk3d import presets
+    from talk3d.apps.build import checkpoint_beside, remove_checkpoints
     from talk3d.stages.pretrain import PretrainConfig, pretrain
 
     defaults = PretrainConfig()

@@ -14,7 +14,6 @@ from talk3d.io.face_models import TASK_NAME, WHEEL, WHEEL_MEMBERS, cache_folder,
 
 PACKAGES = ("numpy", "scipy", "av", "safetensors", "ai-edge-litert", "torchmetrics", "jaxtyping", "tyro", "rich")
 UNWANTED = ("torchvision", "torchaudio")
-ASSETS = ("builtin_prior.safetensors", "sample_avatar.safetensors", "sample_sentence.flac")
 
 
 def asset(name: str) -> Path:
@@ -32,7 +31,7 @@ def examine() -> list[tuple[str, str]]:
         ("video encoders", _encoders()),
         ("face landmarks, better", _task()),
         ("face landmarks, offline", _registry_models()),
-        *((f"asset {name}", _size(asset(name))) for name in ASSETS),
+        ("assets", _assets()),
         *((name, "installed: talk3d never uses it, and its wheels often break a CPU torch") for name in UNWANTED if _version(name) != "missing"),
     ]
 
@@ -72,5 +71,6 @@ def _registry_models() -> str:
     return f"fetched on first use from the package {WHEEL} (36 MB, once)" if missing else str(cache_folder())
 
 
-def _size(path: Path) -> str:
-    return f"{path.stat().st_size / 2**20:.1f} MiB" if path.is_file() else "missing: reinstall talk3d"
+def _assets() -> str:
+    files = [path for path in sorted(asset(".").iterdir()) if path.suffix in (".safetensors", ".flac")]
+    return ", ".join(f"{path.name} {path.stat().st_size / 2**20:.1f} MiB" for path in files) or "missing: reinstall talk3d"
