@@ -50,7 +50,6 @@ _HOMES = {
 }
 
 __all__ = [
-    "__version__",
     "Camera",
     "ConfigError",
     "MediaError",
@@ -58,6 +57,7 @@ __all__ = [
     "Talk3DError",
     "TrackingError",
     "WeightsError",
+    "__version__",
     "animate",
     "evaluate",
     "load_avatar",
