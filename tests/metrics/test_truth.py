@@ -95,6 +95,16 @@ def test_mouth_opening_is_lips_over_eyes() -> None:
     np.testing.assert_allclose(truth(landmarks=landmarks).mouth_opening, [0, 0.05])
 
 
+def test_a_clip_may_begin_later_than_its_film() -> None:
+    known = truth()
+    part = known.part(3, 10)
+    assert part.num_frames == 10 and part.novel_first_frame == 17
+    torch.testing.assert_close(part.cameras.cam2world, known.cameras.cam2world[3:13])
+    np.testing.assert_array_equal(part.landmarks, known.landmarks[3:13])
+    with pytest.raises(ShapeError, match="knows 24 frames"):
+        known.part(20, 5)
+
+
 def test_a_gradient_behind_a_person_is_found() -> None:
     background = corners(96, 96)
     picture = background.copy()

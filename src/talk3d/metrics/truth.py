@@ -5,7 +5,7 @@ Head spaces differ by one constant similarity; it is found here from where the t
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +58,20 @@ class Truth:
     def num_frames(self) -> int:
         """How many frames are known."""
         return len(self.cameras)
+
+    def part(self, first: int, num_frames: int) -> "Truth":
+        """Return the truth of a clip that begins with frame `first` of the film; its frames are numbered from 0.
+
+        Raises:
+            ShapeError: the film is shorter than the clip.
+        """
+        if first + num_frames > self.num_frames:
+            raise ShapeError(
+                f"the truth knows {self.num_frames} frames, the clip shows {first} to {first + num_frames}: give the truth of its own film"
+            )
+        chosen = slice(first, first + num_frames)
+        shifted = self.novel_first_frame - first
+        return replace(self, cameras=self.cameras[chosen], landmarks=self.landmarks[chosen], novel_first_frame=shifted)
 
     @property
     def mouth_opening(self) -> Float[np.ndarray, " t"]:
