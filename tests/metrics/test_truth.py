@@ -25,6 +25,7 @@ def truth(**changes: object) -> Truth:
         "cameras": Camera(cam2world=look_at(angles), intrinsics=intrinsics_matrix(3.0).expand(FRAMES, 3, 3)),
         "landmarks": np.random.default_rng(0).uniform(0, FILM_PX, (FRAMES, 68, 2)).astype(np.float32),
         "filming": Camera(cam2world=look_at(torch.zeros(3)), intrinsics=intrinsics_matrix(3.0)),
+        "film_side_px": FILM_PX,
         "novel": (),
         "novel_first_frame": 20,
     }
@@ -61,11 +62,11 @@ SCALE, TURN, SHIFT = 1.08, rotation_from_vector(torch.tensor([0.05, -0.1, 0.02],
 def test_the_head_space_of_a_perfect_track_is_found() -> None:
     known = truth()
     tracked = track(known, SCALE, TURN, SHIFT)
-    alignment = align_heads(known, tracked, np.arange(FRAMES), (FILM_PX, CROP_PX))
+    alignment = align_heads(known, tracked, np.arange(FRAMES), CROP_PX)
     assert alignment.scale == pytest.approx(SCALE, abs=1e-3)
     torch.testing.assert_close(alignment.rotation, TURN.float(), atol=1e-3, rtol=0)
     torch.testing.assert_close(alignment.shift, SHIFT.float(), atol=1e-3, rtol=0)
-    errors = camera_errors(known, tracked, alignment, np.arange(FRAMES), (FILM_PX, CROP_PX))
+    errors = camera_errors(known, tracked, alignment, np.arange(FRAMES), CROP_PX)
     assert errors.rotation_deg.max() < 0.05
     assert errors.reprojection_px.max() < 0.01
 
@@ -73,16 +74,16 @@ def test_the_head_space_of_a_perfect_track_is_found() -> None:
 def test_a_camera_turned_by_two_degrees_is_off_by_two_degrees() -> None:
     known = truth()
     tracked = track(known, SCALE, TURN, SHIFT)
-    alignment = align_heads(known, tracked, np.arange(FRAMES), (FILM_PX, CROP_PX))
+    alignment = align_heads(known, tracked, np.arange(FRAMES), CROP_PX)
     tracked.cameras.cam2world[5, :3, :3] @= rotation_from_vector(torch.tensor([0.0, math.radians(2.0), 0.0]))
-    errors = camera_errors(known, tracked, alignment, np.array([4, 5]), (FILM_PX, CROP_PX))
+    errors = camera_errors(known, tracked, alignment, np.array([4, 5]), CROP_PX)
     np.testing.assert_allclose(errors.rotation_deg, [0, 2], atol=0.05)
     assert errors.reprojection_px[1] > 5
 
 
 def test_aligned_cameras_see_the_same() -> None:
     known = truth()
-    alignment = align_heads(known, track(known, SCALE, TURN, SHIFT), np.arange(FRAMES), (FILM_PX, CROP_PX))
+    alignment = align_heads(known, track(known, SCALE, TURN, SHIFT), np.arange(FRAMES), CROP_PX)
     points = (torch.rand(10, 3) * 0.4 - 0.2).expand(FRAMES, 10, 3)
     moved = alignment.scale * points @ alignment.rotation.T + alignment.shift
     torch.testing.assert_close(project(moved, alignment.apply(known.cameras)), project(points, known.cameras), atol=1e-4, rtol=0)
@@ -170,5 +171,5 @@ def test_a_folder_without_truth(tmp_path: Path) -> None:
 
 def test_the_truth_of_the_development_clip(shared: Path) -> None:
     known = load_truth(shared / "data/clips/person_11")
-    assert known.num_frames == 900 and len(known.novel) == 4 and known.novel_first_frame == 800
+    assert known.num_frames == 900 and known.film_side_px == 384 and len(known.novel) == 4 and known.novel_first_frame == 800
     assert 0 <= known.mouth_opening.min() < 0.01 and 0.2 < known.mouth_opening.max() < 0.3

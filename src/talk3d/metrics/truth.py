@@ -50,6 +50,8 @@ class Truth:
     """Multi-PIE's 68 points in pixels of the film."""
     filming: Camera
     """The film's camera in the world: one, without batch axis."""
+    film_side_px: int
+    """Side of the film's square pictures."""
     novel: tuple[NovelView, ...]
     novel_first_frame: int
     """The frame that the novel films begin with."""
@@ -128,7 +130,7 @@ def load_truth(folder: Path) -> Truth:
     """Read truth.npz and list the novel films beside it.
 
     Raises:
-        MediaError: no such file, or not one of ours.
+        MediaError: no such file, not one of ours, or no film beside it.
     """
     try:
         with np.load(folder / TRUTH_FILE) as arrays:
@@ -139,7 +141,11 @@ def load_truth(folder: Path) -> Truth:
         raise MediaError(f"{folder / TRUTH_FILE} cannot be read ({error}): give a folder made by the synthetic head tools") from error
     views = (NovelView(yaw_deg=float(yaw), pitch_deg=float(pitch), path=folder / f"novel_{yaw:+.0f}_{pitch:+.0f}.mp4") for yaw, pitch in angles)
     novel = tuple(view for view in views if view.path.is_file())
-    return Truth(cameras=cameras, landmarks=landmarks, filming=filming, novel=novel, novel_first_frame=first)
+    films = [path for path in (*(view.path for view in novel), folder / "video.mp4") if path.is_file()]
+    if not films:
+        raise MediaError(f"{folder} holds no film beside {TRUTH_FILE}: give the whole folder of the synthetic clip")
+    side = scan_video(films[0]).width_px
+    return Truth(cameras=cameras, landmarks=landmarks, filming=filming, film_side_px=side, novel=novel, novel_first_frame=first)
 
 
 def _cloud(num_frames: int) -> Float[Tensor, "b 27 3"]:
@@ -148,17 +154,17 @@ def _cloud(num_frames: int) -> Float[Tensor, "b 27 3"]:
     return (torch.cartesian_prod(axis, axis, axis) + torch.tensor([0.0, 0.0, 0.1])).expand(num_frames, 27, 3)
 
 
-def align_heads(truth: Truth, track: FaceTrack, frames: Int[np.ndarray, " b"], sides_px: tuple[int, int]) -> HeadAlignment:
+def align_heads(truth: Truth, track: FaceTrack, frames: Int[np.ndarray, " b"], crop_side_px: int) -> HeadAlignment:
     """Find the similarity that makes tracked cameras show head points where the truth's crops show them, by least squares of pixels.
 
     Args:
         truth: of the same film.
         track: with one entry per frame of the film.
         frames: which to fit, usually some fifty of the training part.
-        sides_px: of the film's square pictures and of the crops.
+        crop_side_px: side of the track's crops.
     """
     cloud = _cloud(len(frames))
-    target = _truth_in_crop(truth, track, frames, sides_px)
+    target = _truth_in_crop(truth, track, frames, crop_side_px)
     camera = _double(track.cameras[torch.from_numpy(frames)])
 
     def residual(values: np.ndarray) -> np.ndarray:
@@ -170,7 +176,7 @@ def align_heads(truth: Truth, track: FaceTrack, frames: Int[np.ndarray, " b"], s
     return HeadAlignment(scale=scale, rotation=rotation.float(), shift=shift.float())
 
 
-def camera_errors(truth: Truth, track: FaceTrack, alignment: HeadAlignment, frames: Int[np.ndarray, " b"], sides_px: tuple[int, int]) -> CameraErrors:
+def camera_errors(truth: Truth, track: FaceTrack, alignment: HeadAlignment, frames: Int[np.ndarray, " b"], crop_side_px: int) -> CameraErrors:
     """Compare tracked cameras with the truth at these frames.
 
     Args:
@@ -178,18 +184,18 @@ def camera_errors(truth: Truth, track: FaceTrack, alignment: HeadAlignment, fram
         track: with one entry per frame of the film.
         alignment: of the two head spaces.
         frames: which to compare.
-        sides_px: of the film's square pictures and of the crops.
+        crop_side_px: side of the track's crops.
     """
     camera = _double(track.cameras[torch.from_numpy(frames)])
     moved = alignment.scale * _cloud(len(frames)) @ alignment.rotation.double().mT + alignment.shift.double()
-    distance = (project(moved, camera) - _truth_in_crop(truth, track, frames, sides_px)).square().sum(-1).mean(-1).sqrt()
+    distance = (project(moved, camera) - _truth_in_crop(truth, track, frames, crop_side_px)).square().sum(-1).mean(-1).sqrt()
     affine = torch.from_numpy(track.crop[frames])
     angle = torch.atan2(affine[:, 1, 0], affine[:, 0, 0])
     roll = rotation_from_vector(torch.stack([torch.zeros_like(angle), torch.zeros_like(angle), -angle], -1))
     expected = alignment.rotation.double() @ truth.cameras.cam2world[torch.from_numpy(frames), :3, :3].double() @ roll
     relative = expected.mT @ camera.cam2world[:, :3, :3]
     cosine = 0.5 * (relative.diagonal(dim1=-2, dim2=-1).sum(-1) - 1)
-    return CameraErrors(rotation_deg=cosine.clamp(-1, 1).acos().rad2deg().numpy(), reprojection_px=sides_px[1] * distance.numpy())
+    return CameraErrors(rotation_deg=cosine.clamp(-1, 1).acos().rad2deg().numpy(), reprojection_px=crop_side_px * distance.numpy())
 
 
 def novel_frames(truth: Truth, view: NovelView, frames: Int[np.ndarray, " b"], side_px: int) -> Iterator[NovelFrame]:
@@ -217,7 +223,7 @@ def novel_frames(truth: Truth, view: NovelView, frames: Int[np.ndarray, " b"], s
             continue
         background = fit_background(picture) if background is None else background
         matte = person_matte(picture, background)
-        camera, box = _novel_camera(truth, view, number + truth.novel_first_frame, len(picture))
+        camera, box = _novel_camera(truth, view, number + truth.novel_first_frame)
         yield NovelFrame(
             picture=_cut(picture, box, side_px),
             background=_cut(background, box, side_px),
@@ -250,7 +256,7 @@ def person_matte(picture: UInt8[np.ndarray, "h w 3"], background: UInt8[np.ndarr
     return (255 * gaussian_filter(solid, 0.7)).round().astype(np.uint8)
 
 
-def _novel_camera(truth: Truth, view: NovelView, frame: int, film_side_px: int) -> tuple[Camera, tuple[float, float, float, float]]:
+def _novel_camera(truth: Truth, view: NovelView, frame: int) -> tuple[Camera, tuple[float, float, float, float]]:
     """The camera of the cut picture in the truth's head space, and the cut's left, top, right, bottom in pixels of the film."""
     angles = torch.tensor([math.radians(view.yaw_deg), math.radians(view.pitch_deg), 0.0], dtype=torch.float64)
     film2head = truth.cameras.cam2world[frame].double()
@@ -261,7 +267,8 @@ def _novel_camera(truth: Truth, view: NovelView, frame: int, film_side_px: int) 
     left, top = (float(value) - side / 2 for value in centre)
     principal = ((0.5 - left) / side, (0.5 - top) / side)
     camera = Camera(cam2world=cam2head.float(), intrinsics=intrinsics_matrix(CAMERA_FOCAL, principal))
-    return camera, (film_side_px * left, film_side_px * top, film_side_px * (left + side), film_side_px * (top + side))
+    film = truth.film_side_px
+    return camera, (film * left, film * top, film * (left + side), film * (top + side))
 
 
 def _cut(picture: UInt8[np.ndarray, "h w 3"], box: tuple[float, float, float, float], side_px: int) -> UInt8[np.ndarray, "s s 3"]:
@@ -272,11 +279,11 @@ def _cut(picture: UInt8[np.ndarray, "h w 3"], box: tuple[float, float, float, fl
     return np.asarray(padded.resize((side_px, side_px), Image.Resampling.BICUBIC, box=(left, top, right, bottom)))
 
 
-def _truth_in_crop(truth: Truth, track: FaceTrack, frames: Int[np.ndarray, " b"], sides_px: tuple[int, int]) -> Float[Tensor, "b 27 2"]:
+def _truth_in_crop(truth: Truth, track: FaceTrack, frames: Int[np.ndarray, " b"], crop_side_px: int) -> Float[Tensor, "b 27 2"]:
     """Where the true cameras put the cloud, in sides of the crop."""
-    film = project(_cloud(len(frames)), _double(truth.cameras[torch.from_numpy(frames)])) * sides_px[0]
+    film = project(_cloud(len(frames)), _double(truth.cameras[torch.from_numpy(frames)])) * truth.film_side_px
     affine = torch.from_numpy(track.crop[frames])
-    return (film @ affine[:, :, :2].mT + affine[:, None, :, 2]) / sides_px[1]
+    return (film @ affine[:, :, :2].mT + affine[:, None, :, 2]) / crop_side_px
 
 
 def _similarity(values: np.ndarray) -> tuple[float, Float[Tensor, "3 3"], Float[Tensor, " 3"]]:
