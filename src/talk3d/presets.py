@@ -1,5 +1,8 @@
 """Named sizes of everything: TINY for tests, BUILTIN256 for what ships, FFHQ512 for the published networks."""
 
+from talk3d.models.avatar import AvatarConfig
+from talk3d.models.conditioning import ConditioningConfig
+from talk3d.models.deltaplane import DeltaplaneConfig
 from talk3d.models.generator import GeneratorConfig
 from talk3d.models.renderer import RendererConfig
 from talk3d.models.superresolution import SuperresolutionConfig
@@ -23,6 +26,11 @@ TINY = GeneratorConfig(
     ),
 )
 
+TINY_AVATAR = AvatarConfig(
+    conditioning=ConditioningConfig(token_width=16),
+    deltaplane=DeltaplaneConfig(plane_channels=4, plane_resolution=32, widths=(8, 8, 16), head_width=8, token_width=16, num_blocks=2),
+)
+
 BUILTIN256 = GeneratorConfig(
     z_dim=128,
     c_dim=0,
@@ -40,6 +48,11 @@ BUILTIN256 = GeneratorConfig(
         depth_resolution_importance=16,
         superresolution=SuperresolutionConfig(input_side=64, channels=(32, 16), matte=True),
     ),
+)
+
+BUILTIN256_AVATAR = AvatarConfig(
+    conditioning=ConditioningConfig(),
+    deltaplane=DeltaplaneConfig(plane_channels=24, plane_resolution=128, widths=(24, 48, 64), head_width=32),
 )
 
 FFHQ512 = GeneratorConfig()

@@ -1,36 +1,172 @@
 """What the stages hand on: a prior, a person in it, an avatar that talks. Modules, configs and provenance, no IO."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jaxtyping import Float
+import torch
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from talk3d.models.conditioning import Conditioner, ConditioningConfig
+from talk3d.models.deltaplane import DeltaplaneConfig, DeltaplanePredictor, DeltaplanePrefix
 from talk3d.models.generator import TriplaneGenerator
+from talk3d.models.renderer import RendererConfig, TriplaneRenderer
+from talk3d.types import Camera, Driving, Rendering, Triplane
 
 
 class Prior(nn.Module):
-    """A generator that knows heads, with what tracking and inversion need to know of it."""
+    """A generator that knows heads, and how far people are from its average."""
 
-    def __init__(
-        self, *, generator: TriplaneGenerator, w_std: float, face_template: Float[Tensor, "p 3"] | None = None, provenance: dict[str, Any] | None = None
-    ) -> None:
+    def __init__(self, *, generator: TriplaneGenerator, w_std: float, provenance: Mapping[str, Any]) -> None:
         """Bundle them.
 
         Args:
             generator: the tri-plane generator.
             w_std: root mean square distance of training people from the average w.
-            face_template: mean positions of MediaPipe's 468 face points in the generator's head space; None where it was not calibrated.
             provenance: how it was made.
         """
         super().__init__()
-        self.generator = generator
-        self.w_std = w_std
-        self.face_template = face_template
-        self.provenance = provenance or {}
+        self.generator, self.w_std, self.provenance = generator, w_std, dict(provenance)
 
-    def save(self, path: str | Path, *, half: bool = True) -> None:
-        """Write one file; `half` stores the weights as float16."""
+    def save(self, path: str | Path) -> None:
+        """Write one file, weights as float16."""
         from talk3d.io.avatars import save_prior
 
-        save_prior(self, Path(path), half=half)
+        save_prior(self, Path(path))
+
+
+class PersonalizedGenerator(nn.Module):
+    """A generator tuned to one person: the renderer, the person's planes, and the style row that drives super-resolution.
+
+    The backbone that painted the planes is not kept: for one person its planes never change.
+    """
+
+    identity: Tensor
+    w: Tensor
+    occupied: Tensor
+
+    def __init__(self, config: RendererConfig, provenance: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.renderer = TriplaneRenderer(config)
+        self.register_buffer("identity", torch.zeros(1, 3, config.plane_channels, config.plane_resolution, config.plane_resolution))
+        self.register_buffer("w", torch.zeros(1, config.w_dim))
+        self.register_buffer("occupied", torch.ones(64, 64, 64, dtype=torch.bool))
+        self.provenance = dict(provenance)
+
+    @classmethod
+    def from_generator(cls, generator: TriplaneGenerator, ws: Float[Tensor, "1 n w"], provenance: Mapping[str, Any]) -> "PersonalizedGenerator":
+        """Freeze a tuned generator at the person's style rows."""
+        person = cls(generator.renderer_config, provenance)
+        wanted = person.renderer.state_dict().keys()
+        person.renderer.load_state_dict({k: v for k, v in generator.state_dict().items() if k in wanted})
+        with torch.no_grad():
+            triplane = generator.triplane(ws)
+            person.identity.copy_(triplane.planes)
+            person.w.copy_(ws[:, -1])
+            person.occupied.copy_(person.renderer.cpu().occupancy(person.triplane))
+        return person.eval()
+
+    @property
+    def triplane(self) -> Triplane:
+        """The person's identity planes, batch 1."""
+        return Triplane(planes=self.identity, axes=self.renderer.renderer_config.plane_axes)
+
+    def render(self, triplane: Triplane, camera: Camera, generator: torch.Generator | None = None) -> Rendering:
+        """Render planes near the identity's, looking only where this person's head can be; `generator` jitters the samples."""
+        w = self.w.expand(len(camera), -1)
+        occupied: Bool[Tensor, "s s s"] = self.occupied
+        return self.renderer.render_triplane(triplane, w, camera, generator=generator, occupied=occupied)
+
+    def save(self, path: str | Path) -> None:
+        """Write one file, weights as float16."""
+        from talk3d.io.avatars import save_person
+
+        save_person(self, Path(path))
+
+
+@dataclass(frozen=True, kw_only=True)
+class AvatarConfig:
+    """Sizes of the talking part."""
+
+    conditioning: ConditioningConfig
+    deltaplane: DeltaplaneConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Performance:
+    """How the person moved in the training part of the video: what an avatar does when only sound is given."""
+
+    cameras: Camera
+    blink: Float[Tensor, "t 1"]
+    head_pose: Float[Tensor, "t 3"]
+    anchors: Float[Tensor, "t 6"]
+
+
+class Avatar(nn.Module):
+    """A person who talks: everything animation needs and nothing else."""
+
+    background: Tensor
+
+    def __init__(
+        self,
+        *,
+        personalized: PersonalizedGenerator,
+        config: AvatarConfig,
+        performance: Performance,
+        background: Float[Tensor, "3 h w"],
+        audio_source: str,
+        fps: float,
+        provenance: Mapping[str, Any],
+    ) -> None:
+        """Put the parts together; the talking part starts silent (a deltaplane of zeros).
+
+        Args:
+            personalized: the person.
+            config: sizes of the talking part.
+            performance: how the person moved.
+            background: what was behind the person, [-1, 1].
+            audio_source: the speech encoder that drives it.
+            fps: video frames a second it was trained at.
+            provenance: how it was made.
+        """
+        super().__init__()
+        self.personalized, self.config, self.performance = personalized, config, performance
+        self.conditioner = Conditioner(config.conditioning)
+        self.predictor = DeltaplanePredictor(config.deltaplane)
+        self.register_buffer("background", background)
+        self.audio_source, self.fps, self.provenance = audio_source, fps, dict(provenance)
+        self._prefix: DeltaplanePrefix | None = None
+
+    @property
+    def resolution(self) -> int:
+        """Pixels a side of the pictures."""
+        return self.personalized.renderer.renderer_config.superresolution.output_side
+
+    def train(self, mode: bool = True) -> "Avatar":
+        """Switch between training and evaluation; forgets what was cached for the person."""
+        self._prefix = None
+        return super().train(mode)
+
+    def deltaplane(self, driving: Driving, generator: torch.Generator | None = None) -> Triplane:
+        """Predict the deltaplane of b frames; `generator` (training) drops tokens.
+
+        In evaluation mode what depends only on the person is computed once and kept until the mode changes.
+        """
+        prefix = self._prefix
+        if prefix is None or self.training:
+            prefix = self.predictor.prepare(self.personalized.triplane)
+        if not self.training and not torch.is_grad_enabled():
+            self._prefix = prefix
+        return self.predictor.predict(prefix, self.conditioner(driving, generator))
+
+    def render(self, driving: Driving, camera: Camera) -> Rendering:
+        """Render b frames as their cameras see them, deterministically."""
+        return self.personalized.render(self.personalized.triplane + self.deltaplane(driving), camera)
+
+    def save(self, path: str | Path) -> None:
+        """Write one file, weights as float16."""
+        from talk3d.io.avatars import save_avatar
+
+        save_avatar(self, Path(path))

@@ -81,4 +81,6 @@ class TriplaneGenerator(TriplaneRenderer):
         """
         camera = camera if isinstance(camera, Camera) else Camera.from_label(camera)
         generator = torch.Generator(ws.device).manual_seed(0) if jitter else None
-        return self.render_triplane(self.triplane(ws), ws[:, -1], camera, generator=generator, neural_rendering_resolution=neural_rendering_resolution)
+        return self.render_triplane(
+            self.triplane(ws), ws[:, -1], camera, generator=generator, neural_rendering_resolution=neural_rendering_resolution
+        )

@@ -79,7 +79,7 @@ class TriplaneRenderer(nn.Module):
         coordinates = project_points(points, triplane.axes, self.renderer_config.box_warp)
         return self.decoder(sample_planes(triplane.planes, coordinates))
 
-    def occupancy(self, triplane: Triplane, side: int = 64, threshold: float = 0.3, dilation: int = 2) -> Bool[Tensor, "s s s"]:
+    def occupancy(self, triplane: Triplane, side: int = 64, threshold: float = 0.3, dilation: int = 3) -> Bool[Tensor, "s s s"]:
         """Return the cells of the cube (indexed z, y, x) where one volume is not empty, grown by `dilation` cells.
 
         A cell counts as full when crossing it at its centre's density would absorb more than `threshold` percent of the light.

@@ -126,9 +126,7 @@ def pretrain(
 class _Trainer:
     """One step of supervised pretraining and what it needs."""
 
-    def __init__(
-        self, config: PretrainConfig, heads: HeadDataset, generator: TriplaneGenerator, codes: _Codes, *, device: str, seed: int
-    ) -> None:
+    def __init__(self, config: PretrainConfig, heads: HeadDataset, generator: TriplaneGenerator, codes: _Codes, *, device: str, seed: int) -> None:
         self.config, self.generator, self.codes, self.device = config, generator, codes, device
         self.images, self.cameras = heads.images.to(device), heads.cameras.to(device)
         self.average = Average(generator, config.average_decay)

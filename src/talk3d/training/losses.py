@@ -40,7 +40,9 @@ def laplacian_pyramid(x: Float[Tensor, "b c h w"], levels: int) -> list[Float[Te
     return [*bands, x]
 
 
-def laplacian_l1(x: Float[Tensor, "b c h w"], y: Float[Tensor, "b c h w"], levels: int = 4, weight: Float[Tensor, "b 1 h w"] | None = None) -> Float[Tensor, ""]:
+def laplacian_l1(
+    x: Float[Tensor, "b c h w"], y: Float[Tensor, "b c h w"], levels: int = 4, weight: Float[Tensor, "b 1 h w"] | None = None
+) -> Float[Tensor, ""]:
     """L1 between Laplacian pyramids, level k counted 2^k / 2^levels · sides: fine detail matters as much as colour.
 
     It is our offline stand-in for a perceptual loss. `weight` emphasises regions (mean 1 keeps the scale).

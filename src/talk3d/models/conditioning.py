@@ -1,0 +1,119 @@
+"""The five condition tokens of a frame: audio, blink, null, head rotation, landmarks.
+
+Reference: Talk3D (arXiv 2403.20153), section 3.2; audio encoder after AD-NeRF (arXiv 2103.11078). Angles are radians and the octaves few, so
+that tokens vary smoothly with what they encode.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from talk3d.types import Driving
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConditioningConfig:
+    """Sizes of the token encoders; the published ones have 44 audio channels and 16, 10 and 6 octaves."""
+
+    audio_channels: int = 64
+    """Channels of a speech feature; a window has 16 steps of them."""
+    blink_octaves: int = 2
+    """Octaves of the positional code of the blink."""
+    pose_octaves: int = 2
+    """Octaves of the positional code of the head rotation."""
+    anchor_octaves: int = 2
+    """Octaves of the positional code of the landmarks."""
+    token_width: int = 64
+    """Width of a token."""
+    drop_rate: float = 0.1
+    """How often, in training, each token but the audio's is replaced by the null token."""
+
+
+class AudioNet(nn.Module):
+    """One window of speech features to a vector."""
+
+    def __init__(self, channels: int, width: int = 64) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for i, o in ((channels, 32), (32, 32), (32, 64), (64, 64)):
+            layers += [nn.Conv1d(i, o, 3, stride=2, padding=1), nn.LeakyReLU(0.02)]
+        self.encoder_conv = nn.Sequential(*layers)
+        self.encoder_fc1 = nn.Sequential(nn.Linear(64, 64), nn.LeakyReLU(0.02), nn.Linear(64, width))
+
+    def forward(self, windows: Float[Tensor, "n c 16"]) -> Float[Tensor, "n d"]:
+        """Encode windows of 16 steps."""
+        return self.encoder_fc1(self.encoder_conv(windows).squeeze(-1))
+
+
+class AudioAttention(nn.Module):
+    """Weighs the eight neighbouring windows into one token."""
+
+    def __init__(self, width: int = 64, length: int = 8) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for i, o in ((width, 16), (16, 8), (8, 4), (4, 2), (2, 1)):
+            layers += [nn.Conv1d(i, o, 3, padding=1), nn.LeakyReLU(0.02)]
+        self.attentionConvNet = nn.Sequential(*layers)
+        self.attentionNet = nn.Sequential(nn.Linear(length, length), nn.Softmax(-1))
+
+    def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b d"]:
+        """Return the weighted sum over n windows."""
+        weights = self.attentionNet(self.attentionConvNet(x.transpose(1, 2)).squeeze(1))
+        return (weights.unsqueeze(-1) * x).sum(1)
+
+
+class PositionalMLP(nn.Module):
+    """Positional code [x, sin x, cos x, sin 2x, cos 2x, …] and three linear layers."""
+
+    def __init__(self, in_features: int, octaves: int, width: int = 64) -> None:
+        super().__init__()
+        self.octaves = octaves
+        self.in_layer = nn.Linear(in_features * (2 * octaves + 1), width)
+        self.mlp_layers = nn.ModuleList([nn.Linear(width, width) for _ in range(2)])
+
+    def forward(self, x: Float[Tensor, "b i"]) -> Float[Tensor, "b d"]:
+        """Encode vectors."""
+        waves = [f(2**k * x) for k in range(self.octaves) for f in (torch.sin, torch.cos)]
+        x = self.in_layer(torch.cat([x, *waves], -1))
+        for layer in self.mlp_layers:
+            x = layer(F.relu(x))
+        return x
+
+
+class Conditioner(nn.Module):
+    """Encodes what drives a frame into tokens [audio, blink, null, rotation, landmarks]."""
+
+    def __init__(self, config: ConditioningConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = config.token_width
+        self.audio_net = AudioNet(config.audio_channels, width)
+        self.audio_att_net = AudioAttention(width)
+        self.blink_encoder = PositionalMLP(1, config.blink_octaves, width)
+        self.rotation_encoder = PositionalMLP(3, config.pose_octaves, width)
+        self.landmark_encoder = PositionalMLP(6, config.anchor_octaves, width)
+        self.null_vector = nn.Parameter(torch.randn(1, 1, width))
+
+    def forward(self, driving: Driving, generator: torch.Generator | None = None) -> Float[Tensor, "b 5 d"]:
+        """Encode b frames; `generator` (training) replaces tokens other than the audio's by the null token at the configured rate."""
+        windows = driving.audio  # b n f w
+        batch, count = windows.shape[:2]
+        audio = self.audio_net(windows.flatten(0, 1).transpose(1, 2)).unflatten(0, (batch, count))
+        tokens = torch.stack(
+            [
+                self.audio_att_net(audio),
+                self.blink_encoder(driving.blink),
+                self.null_vector.expand(batch, -1, -1)[:, 0],
+                self.rotation_encoder(driving.head_pose),
+                self.landmark_encoder(driving.anchors),
+            ],
+            1,
+        )
+        if generator is not None:
+            drop = torch.rand(tokens.shape[:2], generator=generator, device=generator.device).to(tokens.device) < self.config.drop_rate
+            drop[:, 0] = False
+            tokens = torch.where(drop[..., None], self.null_vector, tokens)
+        return tokens

@@ -1,0 +1,137 @@
+"""The audio-guided attention U-Net: identity planes and condition tokens to the deltaplane.
+
+All that sees only the identity planes comes first and is split off as `prepare`, so that it is computed once for a person (or once in a
+training step) and shared by all frames, exactly.
+
+Reference: Talk3D (arXiv 2403.20153), section 3.3. Ours differs from the release where that has defects: the output is linear and starts at
+zero, normalisation is by groups, and the roll-out follows the renderer's axes.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from talk3d.models.attention import TransformerBlock, apply_per_slot, per_slot
+from talk3d.ops.planes import roll_out
+from talk3d.ops.resample import downsample2, upsample2
+from talk3d.types import PlaneAxes, Triplane
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeltaplaneConfig:
+    """Sizes of the U-Net; the defaults are the published ones."""
+
+    plane_channels: int = 32
+    """Feature channels of one plane."""
+    plane_resolution: int = 256
+    """Pixels a side of one plane; the transformer works at an eighth of it."""
+    plane_axes: PlaneAxes = "fixed"
+    """Order of the planes' axes; the roll-out knows only "fixed"."""
+    widths: tuple[int, int, int] = (64, 128, 256)
+    """Channels per plane after each of the three stages down."""
+    head_width: int = 64
+    """Width of an attention head."""
+    token_width: int = 64
+    """Width of a condition token."""
+    num_blocks: int = 2
+    """Transformer blocks."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeltaplanePrefix:
+    """What depends on the identity planes alone (batch 1)."""
+
+    skips: tuple[Float[Tensor, "1 3 _ _ _"], Float[Tensor, "1 3 _ _ _"]]
+    bottom: Float[Tensor, "1 3 d h w"]
+    hidden: Float[Tensor, "1 3 n d"]
+    query: Float[Tensor, "1 m d"]
+
+
+class Stage(nn.Module):
+    """For one plane slot: two convolutions with norm and leaky ReLU, then half or double the sides."""
+
+    def __init__(self, in_channels: int, channels: int) -> None:
+        super().__init__()
+        self.conv0 = nn.Conv2d(in_channels, channels, 3, padding=1)
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.norm0, self.norm1 = (nn.GroupNorm(math.gcd(8, channels), channels) for _ in range(2))
+
+    def forward(self, x: Float[Tensor, "b i h w"]) -> Float[Tensor, "b o h w"]:
+        """Apply the convolutions; resampling follows outside."""
+        x = F.leaky_relu(self.norm0(self.conv0(x)), 0.01)
+        return F.leaky_relu(self.norm1(self.conv1(x)), 0.01)
+
+
+def _positions(width: int, side: int) -> Float[Tensor, "3 n d"]:
+    """Sinusoidal code of every cell's (x, y, z), the collapsed axis at its middle; slots A (row y, col x), B (row z, col x), C (row y, col z)."""
+    channels = 2 * math.ceil(width / 6)
+    frequencies = 10000 ** (-torch.arange(0, channels, 2) / channels)
+    angles = torch.arange(side)[:, None] * frequencies
+    code = torch.stack([angles.sin(), angles.cos()], -1).flatten(1)  # n c
+    middle = ((code[side // 2 - 1] + code[side // 2]) / 2).expand(side, side, -1)
+    rows, columns = code[:, None].expand(side, side, -1), code[None].expand(side, side, -1)
+    slots = [(columns, rows, middle), (columns, middle, rows), (middle, rows, columns)]
+    return torch.stack([torch.cat(axes, -1)[..., :width].flatten(0, 1) for axes in slots])
+
+
+class DeltaplanePredictor(nn.Module):
+    """Three stages down, a transformer over the smallest planes, three stages up."""
+
+    positions: Tensor
+
+    def __init__(self, config: DeltaplaneConfig) -> None:
+        super().__init__()
+        self.config = config
+        c, (first, second, third) = config.plane_channels, config.widths
+        self.down = nn.ModuleList([per_slot("stage", Stage, 3 * i, o) for i, o in ((c, first), (first, second), (second, third))])
+        self.up = nn.ModuleList([per_slot("stage", Stage, 3 * i, o) for i, o in ((third, second), (second, first), (first, c))])
+        self.norm_in = per_slot("norm", nn.GroupNorm, math.gcd(32, third), third)
+        self.proj_in = per_slot("lin", nn.Linear, third, third)
+        self.blocks = nn.ModuleList([TransformerBlock(third, config.token_width, config.head_width) for _ in range(config.num_blocks)])
+        self.out = per_slot("conv", nn.Conv2d, c, c, 1)
+        for layer in self.out.values():
+            assert isinstance(layer, nn.Conv2d) and layer.bias is not None
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        self.register_buffer("positions", _positions(third, config.plane_resolution // 8), persistent=False)
+
+    def prepare(self, identity: Triplane) -> DeltaplanePrefix:
+        """Compute what the identity planes of one person decide."""
+        assert identity.planes.shape[0] == 1, "one person at a time"
+        x, skips = identity.planes, []
+        for stage in self.down:
+            x = _resample(downsample2, apply_per_slot(stage, roll_out(x)))
+            skips.append(x)
+        hidden = apply_per_slot(self.norm_in, x).flatten(3).transpose(2, 3)  # 1 3 n d
+        hidden = apply_per_slot(self.proj_in, hidden) + self.positions
+        hidden, query = self.blocks[0].look_at_self(hidden)
+        return DeltaplanePrefix(skips=(skips[0], skips[1]), bottom=x, hidden=hidden, query=query)
+
+    def predict(self, prefix: DeltaplanePrefix, tokens: Float[Tensor, "b k e"]) -> Triplane:
+        """Return the deltaplane of each set of tokens."""
+        hidden = self.blocks[0].look_at_tokens(prefix.hidden, prefix.query, tokens)
+        for block in self.blocks[1:]:
+            hidden, query = block.look_at_self(hidden + self.positions)
+            hidden = block.look_at_tokens(hidden, query, tokens)
+        x = hidden.transpose(2, 3).unflatten(3, prefix.bottom.shape[-2:]) + prefix.bottom
+        for stage, skip in zip(self.up, (prefix.skips[1], prefix.skips[0], None), strict=True):
+            x = apply_per_slot(stage, roll_out(x))
+            if skip is None:
+                x = apply_per_slot(self.out, x)  # linear and before the upsampling, which is linear too
+            x = _resample(upsample2, x)
+            if skip is not None:
+                x = x + skip
+        return Triplane(planes=x, axes=self.config.plane_axes)
+
+    def forward(self, identity: Triplane, tokens: Float[Tensor, "b k e"]) -> Triplane:
+        """Return the deltaplanes for one person's identity planes."""
+        return self.predict(self.prepare(identity), tokens)
+
+
+def _resample(how: "type[None] | object", x: Float[Tensor, "b 3 c h w"]) -> Float[Tensor, "b 3 c i j"]:
+    assert callable(how)
+    return how(x.flatten(0, 1)).unflatten(0, (-1, 3))
