@@ -22,8 +22,8 @@ from talk3d.models.avatar import PersonalizedGenerator, Prior
 from talk3d.models.generator import TriplaneGenerator
 from talk3d.ops.geometry import head_camera
 from talk3d.perception.landmarks import mouth_opening
-from talk3d.training.losses import PictureTarget, picture_losses, premultiply, weighted_sum
 from talk3d.training.loop import Loop
+from talk3d.training.losses import PictureTarget, picture_losses, premultiply, weighted_sum
 from talk3d.types import Camera, Clip, Progress, silent
 
 

@@ -17,8 +17,8 @@ from talk3d.errors import ConfigError
 from talk3d.io.heads import HeadDataset, load_heads
 from talk3d.models.avatar import Prior
 from talk3d.models.generator import GeneratorConfig, TriplaneGenerator
-from talk3d.training.losses import PictureTarget, density_variation, picture_losses, premultiply, weighted_sum
 from talk3d.training.loop import Average, Loop
+from talk3d.training.losses import PictureTarget, density_variation, picture_losses, premultiply, weighted_sum
 from talk3d.types import Camera, Progress, Triplane, silent
 
 
