@@ -276,7 +276,7 @@ def _cut(picture: UInt8[np.ndarray, "h w 3"], box: tuple[float, float, float, fl
     border = math.ceil(max(-min(box), box[2] - picture.shape[1], box[3] - picture.shape[0], 0)) + 1
     padded = Image.fromarray(np.pad(picture, ((border, border), (border, border), (0, 0)), mode="edge"))
     left, top, right, bottom = (value + border for value in box)
-    return np.asarray(padded.resize((side_px, side_px), Image.Resampling.BICUBIC, box=(left, top, right, bottom)))
+    return np.array(padded.resize((side_px, side_px), Image.Resampling.BICUBIC, box=(left, top, right, bottom)))
 
 
 def _truth_in_crop(truth: Truth, track: FaceTrack, frames: Int[np.ndarray, " b"], crop_side_px: int) -> Float[Tensor, "b 27 2"]:
