@@ -3,6 +3,8 @@
 Reference: Talk3D (arXiv 2403.20153), section 3.3.
 """
 
+from collections import OrderedDict
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -40,11 +42,11 @@ class GatedFeedForward(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.net = nn.ModuleDict({"0": nn.ModuleDict({"proj": nn.Linear(width, 8 * width)}), "2": nn.Linear(4 * width, width)})
+        self.net = nn.ModuleDict({"0": nn.Sequential(OrderedDict(proj=nn.Linear(width, 8 * width))), "2": nn.Linear(4 * width, width)})
 
     def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
         """Apply it to every token."""
-        value, gate = self.net["0"]["proj"](x).chunk(2, -1)
+        value, gate = self.net["0"](x).chunk(2, -1)
         return self.net["2"](value * F.gelu(gate))
 
 
@@ -53,8 +55,9 @@ def per_slot(prefix: str, make: type[nn.Module], *arguments: int) -> nn.ModuleDi
     return nn.ModuleDict({f"{prefix}_{slot}": make(*arguments) for slot in SLOTS})
 
 
-def apply_per_slot(modules: nn.ModuleDict, x: Float[Tensor, "b 3 *rest"], *contexts: Float[Tensor, "b 3 *more"]) -> Float[Tensor, "b 3 *out"]:
-    """Apply the slots' modules to the slots of x (and of further inputs)."""
+def apply_per_slot(modules: nn.Module, x: Float[Tensor, "b 3 *rest"], *contexts: Float[Tensor, "b 3 *more"]) -> Float[Tensor, "b 3 *out"]:
+    """Apply the slots' modules (made by `per_slot`) to the slots of x (and of further inputs)."""
+    assert isinstance(modules, nn.ModuleDict)
     inputs = zip(x.unbind(1), *(c.unbind(1) for c in contexts), strict=True)
     return torch.stack([module(*parts) for module, parts in zip(modules.values(), inputs, strict=True)], 1)
 

@@ -8,6 +8,7 @@ zero, normalisation is by groups, and the roll-out follows the renderer's axes.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -99,6 +100,10 @@ class DeltaplanePredictor(nn.Module):
             nn.init.zeros_(layer.bias)
         self.register_buffer("positions", _positions(third, config.plane_resolution // 8), persistent=False)
 
+    @property
+    def _transformer(self) -> list[TransformerBlock]:
+        return [block for block in self.blocks if isinstance(block, TransformerBlock)]
+
     def prepare(self, identity: Triplane) -> DeltaplanePrefix:
         """Compute what the identity planes of one person decide."""
         assert identity.planes.shape[0] == 1, "one person at a time"
@@ -108,13 +113,14 @@ class DeltaplanePredictor(nn.Module):
             skips.append(x)
         hidden = apply_per_slot(self.norm_in, x).flatten(3).transpose(2, 3)  # 1 3 n d
         hidden = apply_per_slot(self.proj_in, hidden) + self.positions
-        hidden, query = self.blocks[0].look_at_self(hidden)
+        hidden, query = self._transformer[0].look_at_self(hidden)
         return DeltaplanePrefix(skips=(skips[0], skips[1]), bottom=x, hidden=hidden, query=query)
 
     def predict(self, prefix: DeltaplanePrefix, tokens: Float[Tensor, "b k e"]) -> Triplane:
         """Return the deltaplane of each set of tokens."""
-        hidden = self.blocks[0].look_at_tokens(prefix.hidden, prefix.query, tokens)
-        for block in self.blocks[1:]:
+        first, *others = self._transformer
+        hidden = first.look_at_tokens(prefix.hidden, prefix.query, tokens)
+        for block in others:
             hidden, query = block.look_at_self(hidden + self.positions)
             hidden = block.look_at_tokens(hidden, query, tokens)
         x = hidden.transpose(2, 3).unflatten(3, prefix.bottom.shape[-2:]) + prefix.bottom
@@ -132,6 +138,5 @@ class DeltaplanePredictor(nn.Module):
         return self.predict(self.prepare(identity), tokens)
 
 
-def _resample(how: "type[None] | object", x: Float[Tensor, "b 3 c h w"]) -> Float[Tensor, "b 3 c i j"]:
-    assert callable(how)
+def _resample(how: Callable[[Tensor], Tensor], x: Float[Tensor, "b 3 c h w"]) -> Float[Tensor, "b 3 c i j"]:
     return how(x.flatten(0, 1)).unflatten(0, (-1, 3))

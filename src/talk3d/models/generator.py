@@ -56,12 +56,19 @@ class TriplaneGenerator(TriplaneRenderer):
         """Number of style rows."""
         return 2 * (self.config.renderer.plane_resolution.bit_length() - 2)
 
+    @property
+    def mapping_network(self) -> MappingNetwork:
+        """The network from latents to style rows, with the average row."""
+        network = self.backbone["mapping"]
+        assert isinstance(network, MappingNetwork)
+        return network
+
     def mapping(
         self, z: Float[Tensor, "b z"], label: Float[Tensor, "b 25"] | None = None, truncation_psi: float = 1.0, truncation_cutoff: int | None = None
     ) -> Float[Tensor, "b n w"]:
         """Map latents (and a conditioning camera, if the generator has one) to style rows; see `MappingNetwork.forward`."""
         scaled = None if label is None else label * self.config.label_scale
-        return self.backbone["mapping"](z, scaled, truncation_psi, truncation_cutoff)
+        return self.mapping_network(z, scaled, truncation_psi, truncation_cutoff)
 
     def triplane(self, ws: Float[Tensor, "b n w"]) -> Triplane:
         """Paint the planes of these style rows, with the stored (constant) noise."""

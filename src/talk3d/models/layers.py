@@ -41,10 +41,8 @@ def modulated_conv(
     convolution with stride 2, then the FIR filter.
     """
     x = x * style[:, :, None, None].to(x.dtype)
-    if up:
-        x = fir(F.conv_transpose2d(x, weight.transpose(0, 1), stride=2), (1, 1), gain=4)
-    else:
-        x = F.conv2d(x, weight, padding=weight.shape[-1] // 2)
+    padding = weight.shape[-1] // 2
+    x = fir(F.conv_transpose2d(x, weight.transpose(0, 1), stride=2), (1, 1), gain=4) if up else F.conv2d(x, weight, padding=padding)
     if demodulate:
         norm = torch.rsqrt(style.square() @ weight.square().sum((2, 3)).T + 1e-8)
         x = x * norm[:, :, None, None].to(x.dtype)
@@ -53,6 +51,8 @@ def modulated_conv(
 
 class SynthesisLayer(nn.Module):
     """Modulated 3×3 convolution, constant noise, bias, leaky ReLU."""
+
+    noise_const: Tensor
 
     def __init__(self, in_channels: int, out_channels: int, w_dim: int, resolution: int, *, up: bool = False) -> None:
         super().__init__()

@@ -81,15 +81,12 @@ class SynthesisBlock(nn.Module):
         self, x: Float[Tensor, "b i h w"] | None, image: Float[Tensor, "b k h w"] | None, ws: Float[Tensor, "b 3 d"], *, noise: bool = True
     ) -> tuple[Float[Tensor, "b o p q"], Float[Tensor, "b k p q"]]:
         """Return features and the running image; `ws` rows drive the first convolution, the second, and the image layer."""
-        if self.is_first:
-            x = self.const.expand(ws.shape[0], -1, -1, -1)
-        else:
-            x = self.conv0(x, ws[:, 0], noise=noise)
-        x = self.conv1(x, ws[:, 1], noise=noise)
-        contribution = self.torgb(x, ws[:, 2]).float()
+        first = self.const.expand(ws.shape[0], -1, -1, -1) if self.is_first else self.conv0(x, ws[:, 0], noise=noise)
+        out = self.conv1(first, ws[:, 1], noise=noise)
+        contribution = self.torgb(out, ws[:, 2]).float()
         if image is None:
-            return x, contribution
-        return x, (upsample2(image) if self.up else image) + contribution
+            return out, contribution
+        return out, (upsample2(image) if self.up else image) + contribution
 
 
 class SynthesisNetwork(nn.Module):

@@ -59,8 +59,8 @@ class Superresolution(nn.Module):
             image = torch.cat([image, 2 * alpha - 1], 1)
         x, image = resize_to(features, self.config.input_side), resize_to(image, self.config.input_side)
         ws = w[:, None].expand(-1, 3, -1)
-        for block in (self.block0, self.block1):
-            x, image = block(x, image, ws, noise=False)
+        for name in ("block0", "block1"):
+            x, image = getattr(self, name)(x, image, ws, noise=False)
         if self.config.matte:
             return image[:, :3], (image[:, 3:] + 1) / 2
         return image, resize_to(alpha, image.shape[-1])

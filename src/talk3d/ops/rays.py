@@ -1,7 +1,7 @@
 """From cameras to rays, and from rays to the part of them that can see something."""
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 from torch import Tensor
 
 from talk3d.types import Camera, Rays

@@ -191,7 +191,7 @@ class _Trainer:
             w = codes(sample, self.person_of_sample.to(self.device)[sample], mirrored)
             mean = w.mean(0)
             _, spread, directions = torch.linalg.svd((w - mean) / math.sqrt(len(w)), full_matrices=False)
-            mapping = generator.backbone["mapping"]
+            mapping = generator.mapping_network
             count = min(len(spread), mapping.affine.weight.shape[1])
             mapping.affine.weight.zero_()
             mapping.affine.weight[:, :count] = (spread[:count, None] * directions[:count]).T * math.sqrt(mapping.affine.weight.shape[1])
