@@ -63,8 +63,9 @@ def ssim_map(image: Float[Tensor, "b c h w"], truth: Float[Tensor, "b c h w"]) -
     x, y = image.float(), truth.float()
     mean_x, mean_y = blur(x), blur(y)
     variance_x, variance_y, covariance = blur(x * x) - mean_x**2, blur(y * y) - mean_y**2, blur(x * y) - mean_x * mean_y
-    c1, c2 = 0.01**2, 0.03**2
-    return (2 * mean_x * mean_y + c1) * (2 * covariance + c2) / ((mean_x**2 + mean_y**2 + c1) * (variance_x + variance_y + c2))
+    floor, contrast_floor = 0.01**2, 0.03**2
+    luminance = (2 * mean_x * mean_y + floor) / (mean_x**2 + mean_y**2 + floor)
+    return luminance * (2 * covariance + contrast_floor) / (variance_x + variance_y + contrast_floor)
 
 
 def box_mask(box: Float[Tensor, "b 4"], height: int, width: int) -> Float[Tensor, "b 1 h w"]:

@@ -18,8 +18,7 @@ from torch import Tensor
 
 import talk3d
 from talk3d.errors import ConfigError, WeightsError
-from talk3d.metrics.face import face_box
-from talk3d.metrics.film import Film, distance_measure, face_measures, mouth_measure
+from talk3d.metrics.face import Film, distance_measure, face_box, face_measures, mouth_measure
 from talk3d.metrics.image import box_mask, psnr, ssim
 from talk3d.metrics.report import Measure, Report, contact_sheet, measure
 from talk3d.metrics.truth import HeadAlignment, NovelFrame, Truth, align_heads, camera_errors, find_truth, load_truth, novel_frames
