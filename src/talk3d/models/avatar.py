@@ -43,14 +43,13 @@ class PersonalizedGenerator(nn.Module):
     The backbone that painted the planes is not kept: for one person its planes never change.
     """
 
-    identity: Tensor
     w: Tensor
     occupied: Tensor
 
     def __init__(self, config: RendererConfig, provenance: Mapping[str, Any]) -> None:
         super().__init__()
         self.renderer = TriplaneRenderer(config)
-        self.register_buffer("identity", torch.zeros(1, 3, config.plane_channels, config.plane_resolution, config.plane_resolution))
+        self.identity = nn.Parameter(torch.zeros(1, 3, config.plane_channels, config.plane_resolution, config.plane_resolution))
         self.register_buffer("w", torch.zeros(1, config.w_dim))
         self.register_buffer("occupied", torch.ones(64, 64, 64, dtype=torch.bool))
         self.provenance = dict(provenance)

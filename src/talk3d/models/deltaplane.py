@@ -80,9 +80,13 @@ def _positions(width: int, side: int) -> Float[Tensor, "3 n d"]:
 
 
 class DeltaplanePredictor(nn.Module):
-    """Three stages down, a transformer over the smallest planes, three stages up."""
+    """Three stages down, a transformer over the smallest planes, three stages up.
+
+    The buffer `scale` is the standard deviation of the identity planes: the network works in units of it.
+    """
 
     positions: Tensor
+    scale: Tensor
 
     def __init__(self, config: DeltaplaneConfig) -> None:
         super().__init__()
@@ -98,6 +102,7 @@ class DeltaplanePredictor(nn.Module):
             assert isinstance(layer, nn.Conv2d) and layer.bias is not None
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
+        self.register_buffer("scale", torch.ones([]))
         self.register_buffer("positions", _positions(third, config.plane_resolution // 8), persistent=False)
 
     @property
@@ -107,7 +112,7 @@ class DeltaplanePredictor(nn.Module):
     def prepare(self, identity: Triplane) -> DeltaplanePrefix:
         """Compute what the identity planes of one person decide."""
         assert identity.planes.shape[0] == 1, "one person at a time"
-        x, skips = identity.planes, []
+        x, skips = identity.planes / self.scale, []
         for stage in self.down:
             x = _resample(downsample2, apply_per_slot(stage, roll_out(x)))
             skips.append(x)
@@ -131,7 +136,7 @@ class DeltaplanePredictor(nn.Module):
             x = _resample(upsample2, x)
             if skip is not None:
                 x = x + skip
-        return Triplane(planes=x, axes=self.config.plane_axes)
+        return Triplane(planes=x * self.scale, axes=self.config.plane_axes)
 
     def forward(self, identity: Triplane, tokens: Float[Tensor, "b k e"]) -> Triplane:
         """Return the deltaplanes for one person's identity planes."""

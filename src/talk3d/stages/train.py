@@ -1,7 +1,7 @@
 """Training: the person's planes learn to move with the sound.
 
-The conditioner and the deltaplane U-Net learn from the clip's training part; decoder and super-resolution follow at a lower rate, so that
-the picture becomes as sharp as the video.
+The conditioner and the deltaplane U-Net learn from the clip's training part; identity planes, decoder and super-resolution follow, so that the
+picture becomes as sharp as the video.
 
 Reference: Talk3D (arXiv 2403.20153), section 3.4.
 """
@@ -39,6 +39,8 @@ class TrainConfig:
     """Adam's rate of conditioner and U-Net at the start; falls to a twentieth along a half cosine."""
     renderer_rate: float = 4e-4
     """Adam's rate of decoder and super-resolution, with the same schedule; 0 leaves them as they are."""
+    identity_rate: float = 2e-3
+    """Adam's rate of the identity planes in units of their standard deviation, with the same schedule; 0 leaves them as they are."""
     mouth_emphasis: float = 10.0
     """How much more a pixel of the mouth counts than one of the background."""
     face_emphasis: float = 3.0
@@ -116,7 +118,7 @@ def _new_avatar(person: PersonalizedGenerator, clip: Clip, config: TrainConfig, 
     provenance = {"source_sha256": clip.source_sha256, "frames": clip.num_training_frames, "seed": seed, "train": dataclasses.asdict(config)}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return Avatar(
+        avatar = Avatar(
             personalized=person,
             config=avatar_sizes(person.renderer.renderer_config),
             performance=performance,
@@ -125,6 +127,8 @@ def _new_avatar(person: PersonalizedGenerator, clip: Clip, config: TrainConfig, 
             fps=clip.fps,
             provenance=provenance,
         )
+    avatar.predictor.scale.copy_(person.identity.detach().std())
+    return avatar
 
 
 def background_plate(clip: Clip, num_frames: int = 64) -> Float[Tensor, "3 h w"]:
@@ -158,11 +162,13 @@ class _Lesson:
         self.avatar, self.clip, self.config, self.device = avatar.train(), clip, config, device
         self.average = Average(avatar, config.average_decay)
         self.modules: dict[str, nn.Module] = {"avatar": avatar, "average": self.average.module}
-        self.rates = (config.learning_rate, config.renderer_rate)
+        self.scale = float(avatar.predictor.scale)
+        self.rates = (config.learning_rate, config.renderer_rate, config.identity_rate * self.scale)
         self.optimizer = torch.optim.Adam(
             [
                 {"params": [*avatar.conditioner.parameters(), *avatar.predictor.parameters()], "lr": config.learning_rate},
                 {"params": list(avatar.personalized.renderer.parameters()), "lr": config.renderer_rate},
+                {"params": [avatar.personalized.identity], "lr": config.identity_rate},
             ],
             betas=(0.9, 0.99),
         )
@@ -180,7 +186,7 @@ class _Lesson:
         delta = self.avatar.deltaplane(self._driving(index), choice)
         person = self.avatar.personalized
         rendering = person.render(person.triplane + delta, clip.track.cameras[index].to(self.device), self.generators["rays"])
-        terms = picture_losses(rendering, target, emphasis) | {"delta": delta.planes.abs().mean()}
+        terms = picture_losses(rendering, target, emphasis) | {"delta": delta.planes.abs().mean() / self.scale}
         loss = weighted_sum(terms, LOSS_WEIGHTS | {"delta": config.delta_weight})
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
