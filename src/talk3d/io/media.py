@@ -217,6 +217,7 @@ class VideoWriter:
         self._partial = self.path.with_name(f".{self.path.stem}.{os.getpid()}.partial{self.path.suffix}")
         self._audio, self._fps, self._num_frames, self._num_samples = audio, fps, 0, 0
         try:
+            self._partial.touch()
             self._container = av.open(str(self._partial), "w", options={"movflags": "+faststart"})
         except (OSError, FFmpegError) as error:
             raise MediaError(f"cannot write {self.path} ({error}): give a path in a folder that exists and that you may write to") from error
@@ -344,15 +345,15 @@ def _to_rgb(picture: Any, size: tuple[int, int]) -> np.ndarray:
 
 def _decode_audio(container: Any, sample_rate_hz: int, origin_s: float | None) -> Iterator[np.ndarray]:
     """Yield mono float pieces; what comes before `origin_s` is cut off, what is missing is silence."""
-    resampler = av.AudioResampler(format="flt", layout="mono", rate=sample_rate_hz)
+    resampler = av.AudioResampler(format="fltp", rate=sample_rate_hz)
     clock_s: float | None = origin_s
     skip = 0
     for frame in container.decode(container.streams.audio[0]):
         start_s: float = frame.time if frame.time is not None else clock_s or 0.0
         gap_s = start_s - (start_s if clock_s is None else clock_s)
         if gap_s > 0.05 or (gap_s > 0 and clock_s == origin_s):
-            yield from (piece.to_ndarray()[0] for piece in resampler.resample(None))
-            resampler = av.AudioResampler(format="flt", layout="mono", rate=sample_rate_hz)
+            yield from (piece.to_ndarray().mean(0) for piece in resampler.resample(None))
+            resampler = av.AudioResampler(format="fltp", rate=sample_rate_hz)
             yield np.zeros(round(gap_s * sample_rate_hz), np.float32)
             clock_s = start_s
         elif gap_s < 0 and clock_s == origin_s:
@@ -360,11 +361,11 @@ def _decode_audio(container: Any, sample_rate_hz: int, origin_s: float | None) -
             clock_s = start_s
         clock_s = (start_s if clock_s is None else clock_s) + frame.samples / frame.sample_rate
         for piece in resampler.resample(_finite(frame)):
-            samples = piece.to_ndarray()[0]
+            samples = piece.to_ndarray().mean(0)
             yield samples[skip:]
             skip = max(skip - len(samples), 0)
     for piece in resampler.resample(None):
-        yield piece.to_ndarray()[0][skip:]
+        yield piece.to_ndarray().mean(0)[skip:]
 
 
 def _finite(frame: Any) -> Any:

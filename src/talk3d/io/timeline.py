@@ -22,6 +22,8 @@ def find_duplicates(change: Float[np.ndarray, " t"]) -> np.ndarray:
     if len(found) < 6:
         return duplicate
     period = float(np.median(np.diff(found)))
+    if period < 2:  # repeats in a row: a still scene, or a rate so high that dropping pictures by time mends it
+        return duplicate
     runs = np.split(found, np.flatnonzero(np.diff(found) > 3 * period + 1) + 1)
     for run in runs:
         steps = np.diff(run)
@@ -67,6 +69,6 @@ def retime(stamps: np.ndarray, duplicate: np.ndarray, step_s: float) -> np.ndarr
 
 def constant_rate(times: np.ndarray, fps: float, step_s: float) -> np.ndarray:
     """For each frame at a constant rate, the number of the latest picture that is due by then (FFmpeg's fps filter, round=near)."""
-    due = np.floor((times - times[0]) * fps + 0.5).astype(np.int64)
-    total = max(int(np.floor((times[-1] - times[0] + step_s) * fps + 0.5)), int(due[-1]) + 1)
+    due = np.floor((times - times[0]) * fps + 0.4999).astype(np.int64)  # halves fall to one side whatever the rounding of the stamps
+    total = max(int(np.floor((times[-1] - times[0] + step_s) * fps + 0.4999)), int(due[-1]) + 1)
     return np.maximum(np.searchsorted(due, np.arange(total), side="right") - 1, 0)

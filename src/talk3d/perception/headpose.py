@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from scipy.signal import savgol_filter
 from torch import Tensor
 
 from talk3d.errors import ShapeError, WeightsError
-from talk3d.ops.geometry import CAMERA_RADIUS, HEAD_PIVOT, cross_matrix, fit_similarity, rotation_from_vector, vector_from_rotation
+from talk3d.ops.geometry import CAMERA_RADIUS, HEAD_PIVOT, cross_matrix, fit_similarity, rotation_from_vector, vector_from_rotation, view_angles
 from talk3d.types import Camera
 
 TEMPLATE_PATH = Path(__file__).resolve().parents[1] / "assets" / "face_template.safetensors"
@@ -30,6 +31,10 @@ RIGID_POINTS = (
     *(234, 454, 93, 323, 227, 447, 137, 366, 116, 345, 123, 352, 111, 340, 117, 346),  # ear side and cheek bones
 )
 """MediaPipe points that neither speech, lids nor brows move much."""
+SYSTEMATIC = 0.005
+"""Error of the face networks that is the same in many frames, scene units; it bounds how much a clip can tell of the person's shape."""
+NUM_VIEWS = 10.0
+"""How many independent views a clip counts for when the person's shape is refined: neighbouring frames err alike."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,50 +69,84 @@ class HeadMotion:
         return self.focal_px * seen[..., :2] / seen[..., 2:] + torch.tensor(centre_px, dtype=seen.dtype)
 
 
-def load_template(path: Path = TEMPLATE_PATH) -> Float[Tensor, "p 3"]:
-    """Mean 3D face points in head space.
+@dataclass(frozen=True, kw_only=True)
+class FaceTemplate:
+    """Where the face networks put their points on a mean head."""
+
+    points: Float[Tensor, "p 3"]
+    """Head space, scene units, seen from the front."""
+    slide: Float[Tensor, "p 3"]
+    """How far the points wander over the skin per radian of pitch: the networks follow a nodding head only by three quarters."""
+    mirror: Int[Tensor, " m"]
+    """Number of the point that each point becomes in a mirrored picture; also for MediaPipe's ten iris points."""
+
+
+def load_template(path: Path = TEMPLATE_PATH) -> FaceTemplate:
+    """The template of the builtin prior's head space.
 
     Raises:
         WeightsError: the file is missing or damaged.
     """
     try:
         with safe_open(path, framework="pt") as file:
-            return file.get_tensor("points")
+            return FaceTemplate(points=file.get_tensor("points"), slide=file.get_tensor("slide"), mirror=file.get_tensor("mirror"))
     except (OSError, SafetensorError) as error:
         raise WeightsError(f"the face template {path} cannot be read ({error}): install the package again, or give a template of your own") from error
 
 
 def fit_template(landmarks: Float[Tensor, "n p 2"], cameras: Camera, num_steps: int = 20) -> Float[Tensor, "p 3"]:
-    """Mean 3D shape of face points of many people seen by known cameras, in the cameras' space.
-
-    Each point is triangulated from all pictures at once; people and pictures that disagree count for less (Huber loss).
+    """Mean 3D shape of MediaPipe's 468 face points of many people seen by known cameras, in the cameras' head space.
 
     Args:
         landmarks: divided by the picture's side.
-        cameras: one for each picture, intrinsics divided by the picture's side.
+        cameras: one for each picture, intrinsics divided by the picture's side; best with yaw below 40°.
         num_steps: Gauss-Newton steps.
     """
-    seen, view = landmarks.double(), cameras.cam2world.double()
-    rotation, centre = view[:, :3, :3].mT, view[:, :3, 3]  # world to camera
+    return _triangulate(landmarks, cameras, load_template().slide, num_steps)[0]
+
+
+def fit_template_and_slide(landmarks: Float[Tensor, "n p 2"], cameras: Camera, num_steps: int = 20) -> FaceTemplate:
+    """Like `fit_template`, and also measures how the points slide with pitch; needs pictures from above and below."""
+    points, slide = _triangulate(landmarks, cameras, None, num_steps)
+    return FaceTemplate(points=points, slide=slide, mirror=load_template().mirror)
+
+
+def save_template(template: FaceTemplate, path: Path = TEMPLATE_PATH) -> None:
+    """Write a template where `load_template` reads it."""
+    tensors = {"points": template.points.float().contiguous(), "slide": template.slide.float().contiguous(), "mirror": template.mirror}
+    save_file(tensors, path, metadata={"space": "EG3D head space, camera radius 2.7", "points": "468 of MediaPipe"})
+
+
+def _triangulate(landmarks: Tensor, cameras: Camera, slide: Tensor | None, num_steps: int) -> tuple[Tensor, Tensor]:
+    """Gauss-Newton on every point's place, and on its slide unless that is given; what disagrees counts for less (Huber loss)."""
+    view = cameras.cam2world.double()
     intrinsics = cameras.intrinsics.double()
     focal = intrinsics[:, [0, 1], [0, 1]][:, None]  # n 1 2
-    middle = intrinsics[:, :2, 2][:, None]
-    points = torch.zeros(landmarks.shape[1], 3, dtype=torch.float64) + torch.tensor([0.0, 0.0, 0.2], dtype=torch.float64)
+    seen = landmarks.double() - intrinsics[:, None, :2, 2]
+    rotation, centre = view[:, :3, :3].mT, view[:, :3, 3]  # world to camera
+    pitch = view_angles(view[:, :3, :3])[:, 1, None, None]  # n 1 1
+    count = landmarks.shape[1]
+    state = torch.zeros(count, 6, dtype=torch.float64)
+    if slide is not None:
+        state[:, 3:] = slide.double()
+    ridge = torch.diag(torch.tensor([0.0, 0, 0, 1e-2, 1e-2, 1e-2], dtype=torch.float64)) * len(seen) * 1e-2
     for _ in range(num_steps):
-        local = (points - centre[:, None]) @ rotation.mT  # n p 3
-        depth = local[..., 2:]
-        error = focal * local[..., :2] / depth + middle - seen
-        jacobian = _projection_jacobian(local, focal) @ rotation[:, None]  # n p 2 3
+        local = (state[:, :3] + pitch * state[:, 3:] - centre[:, None]) @ rotation.mT  # n p 3
+        error = focal * local[..., :2] / local[..., 2:] - seen
+        by_place = _projection_jacobian(local, focal) @ rotation[:, None]  # n p 2 3
+        jacobian = torch.cat([by_place, by_place * pitch[..., None] * (slide is None)], -1)  # n p 2 6
         weight = _huber_weight(error.norm(dim=-1), 1.5 * error.norm(dim=-1).median())
-        normal = torch.einsum("np,npai,npaj->pij", weight, jacobian, jacobian)
+        normal = torch.einsum("np,npai,npaj->pij", weight, jacobian, jacobian) + ridge
         gradient = torch.einsum("np,npai,npa->pi", weight, jacobian, error)
-        points = points - torch.linalg.solve(normal, gradient)
-    return points.float()
+        if slide is None:
+            gradient = gradient + state @ ridge
+        state = state - torch.linalg.solve(normal, gradient)
+    return state[:, :3].float(), state[:, 3:].float()
 
 
 def solve_head_pose(
     landmarks: Float[Tensor, "t p 2"],
-    template: Float[Tensor, "q 3"],
+    template: FaceTemplate,
     image_size: tuple[int, int],
     seen: Bool[Tensor, " t"] | None = None,
     cuts: tuple[int, ...] = (),
@@ -116,7 +155,7 @@ def solve_head_pose(
 
     Args:
         landmarks: MediaPipe's points in px of the source picture.
-        template: mean shape of the same points in head space.
+        template: the same points in head space.
         image_size: width, height of the source picture, px.
         seen: frames whose landmarks were measured; the motion of the others is interpolated. All by default.
         cuts: frames at which a new shot begins; nothing is smoothed across them.
@@ -126,13 +165,13 @@ def solve_head_pose(
 
     Reference: Triggs et al., Bundle adjustment, a modern synthesis, 1999.
     """
-    if landmarks.shape[1] < 468 or template.shape[0] < 468:
-        raise ShapeError(f"head pose needs MediaPipe's 468 face points, got {landmarks.shape[1]} points and a template of {template.shape[0]}")
+    if landmarks.shape[1] < 468 or len(template.points) < 468:
+        raise ShapeError(f"head pose needs MediaPipe's 468 face points, got {landmarks.shape[1]} points and a template of {len(template.points)}")
     rigid = list(RIGID_POINTS)
     seen = torch.ones(len(landmarks), dtype=torch.bool) if seen is None else seen
     centred = landmarks[:, rigid].double() - torch.tensor(image_size, dtype=torch.float64) / 2
     measured = centred[seen]
-    bundle = _Bundle(template[rigid].double(), measured[:: max(1, len(measured) // 1500)])
+    bundle = _Bundle(template.points[rigid].double(), template.slide[rigid].double(), measured[:: max(1, len(measured) // 1500)])
     bundle.run()
     rotation, translation, residual = bundle.poses(measured)
     frames = torch.nonzero(seen)[:, 0]
@@ -178,8 +217,8 @@ def smooth_motion(
 class _Bundle:
     """Alternates between the frames' poses, the person's shape, each point's reliability and the focal length."""
 
-    def __init__(self, template: Tensor, observed: Tensor) -> None:
-        self.template, self.shape, self.observed = template, template, observed
+    def __init__(self, template: Tensor, slide: Tensor, observed: Tensor) -> None:
+        self.template, self.shape, self.slide, self.observed = template, template, slide, observed
         self.noise = torch.ones(len(template), dtype=torch.float64)
         self.focal = float(CAMERA_RADIUS * _weak_perspective(template, observed)[1].mean())
 
@@ -214,8 +253,8 @@ class _Bundle:
 
     def _error(self, observed: Tensor, rotation: Tensor, translation: Tensor) -> tuple[Tensor, Tensor]:
         """Residuals in px and the points in the camera."""
-        turned = self.shape @ rotation.mT  # t k 3
-        local = turned + translation[:, None]
+        pitch = view_angles(rotation.mT)[:, 1, None, None]
+        local = (self.shape + pitch * self.slide) @ rotation.mT + translation[:, None]  # t k 3
         return self.focal * local[..., :2] / local[..., 2:] - observed, local
 
     def _solve(self, observed: Tensor, rotation: Tensor, translation: Tensor, num_steps: int) -> tuple[Tensor, Tensor]:
@@ -234,10 +273,10 @@ class _Bundle:
             translation = translation - step[:, 3:]
         return rotation, translation
 
-    def _weight(self, error: Tensor) -> Tensor:
+    def _weight(self, error: Tensor, floor_px: float = 0.0) -> Tensor:
         """Inverse variance of each point times the Huber weight of each residual."""
-        relative = error.norm(dim=-1) / self.noise
-        return _huber_weight(relative, torch.tensor(2.0, dtype=torch.float64)) / self.noise.square()
+        noise = (self.noise.square() + floor_px**2).sqrt()
+        return _huber_weight(error.norm(dim=-1) / noise, torch.tensor(2.0, dtype=torch.float64)) / noise.square()
 
     def _update_noise(self, rotation: Tensor, translation: Tensor) -> None:
         """Each point's own spread in px: what expression moves counts for less."""
@@ -246,12 +285,12 @@ class _Bundle:
         floor = spread.median()
         self.noise = (spread.square() + floor.square()).sqrt().clamp_min(1e-3)
 
-    def _update_shape(self, rotation: Tensor, translation: Tensor, prior_units: float = 0.02) -> None:
+    def _update_shape(self, rotation: Tensor, translation: Tensor, prior_units: float = 0.01) -> None:
         """Person's points from all frames, drawn to the template, and laid over it so that the head space stays the prior's."""
         error, local = self._error(self.observed, rotation, translation)
         jacobian = _projection_jacobian(local, torch.tensor(self.focal, dtype=torch.float64)) @ rotation[:, None]
-        share = min(1.0, 200.0 / len(error))  # residuals of neighbouring frames are alike: a long clip is not so many measurements
-        weight = self._weight(error) * share
+        share = NUM_VIEWS / len(error)
+        weight = self._weight(error, SYSTEMATIC * self.focal / CAMERA_RADIUS) * share
         prior = torch.eye(3, dtype=torch.float64) / prior_units**2
         normal = torch.einsum("tk,tkai,tkaj->kij", weight, jacobian, jacobian) + prior
         gradient = torch.einsum("tk,tkai,tka->ki", weight, jacobian, error) + (self.shape - self.template) / prior_units**2

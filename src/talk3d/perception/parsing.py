@@ -11,7 +11,7 @@ from PIL import Image
 from scipy.ndimage import uniform_filter
 
 from talk3d.io.face_models import registry_model
-from talk3d.perception.landmarks import Network
+from talk3d.perception.detection import Network
 
 
 class Matting(Protocol):

@@ -7,7 +7,7 @@ import hashlib
 import logging
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -95,8 +95,9 @@ def track(
     num_frames = len(faces.landmarks)
     cuts = tuple(cut - faces.start for cut in scan.cuts if faces.start < cut < faces.start + num_frames)
     size = (scan.width_px, scan.height_px)
-    points = load_template() if template is None else template
-    motion = solve_head_pose(faces.landmarks, points, size, faces.seen, cuts)
+    builtin = load_template()
+    head = builtin if template is None else replace(builtin, points=template.float().cpu())
+    motion = solve_head_pose(faces.landmarks, head, size, faces.seen, cuts)
     crop = _crop_maps(motion, size, config.size_px)
     matting = SelfieMatting()
     frames, mattes = _write_crops(scan, faces.start, crop, config.size_px, matting, progress)
@@ -288,7 +289,8 @@ def _check(
 def _warnings(facts: dict[str, Any], scan: VideoScan) -> Iterator[str]:
     """One line for each thing that the user may want to mend."""
     if scan.num_duplicates:
-        yield f"{scan.num_duplicates} of {scan.num_decoded} frames are doubled and were left out: the video really has {scan.true_fps:.2f} frames a second"
+        doubled = f"{scan.num_duplicates} of {scan.num_decoded} frames are doubled and were left out"
+        yield f"{doubled}: the video really has {scan.true_fps:.2f} frames a second"
     if scan.truncated:
         yield "the file ends before it should: only its readable part was used; copy or export it again"
     if facts["audio_rms_db"] < -60:
