@@ -25,7 +25,7 @@ def test_overview_names_every_command(arguments: list[str], capsys: pytest.Captu
 
 
 def test_every_command_is_summarised() -> None:
-    assert set(cli.SUMMARIES) == set(commands.COMMANDS) == set(commands.EXAMPLES)
+    assert set(cli.SUMMARIES) == set(commands.COMMANDS) == set(cli.EXAMPLES)
 
 
 def test_help_is_instant_and_imports_nothing_heavy() -> None:
@@ -63,7 +63,7 @@ def test_unknown_command_suggests_the_near_one(capsys: pytest.CaptureFixture[str
 def test_what_goes_wrong_is_one_line(
     raised: BaseException, code: int, said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(name: str, arguments: list[str]) -> None:
+    def fail(name: str, arguments: list[str], examples: str) -> None:
         raise raised
 
     monkeypatch.setattr(commands, "run", fail)
@@ -72,7 +72,7 @@ def test_what_goes_wrong_is_one_line(
 
 
 def test_our_own_slips_are_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(name: str, arguments: list[str]) -> None:
+    def fail(name: str, arguments: list[str], examples: str) -> None:
         raise ModuleNotFoundError("No module named 'talk3d.gone'", name="talk3d.gone")
 
     monkeypatch.setattr(commands, "run", fail)

@@ -24,6 +24,18 @@ SUMMARIES = {
     "pretrain": "many heads in, a prior out: what `personalize` starts from",
     "doctor": "says what is installed, and what is missing",
 }
+EXAMPLES = {
+    "track": "talk3d track me.mp4 -o me.clip",
+    "personalize": "talk3d personalize me.clip -o me.person.t3d",
+    "train": "talk3d train me.person.t3d me.clip -o me.t3d\n  talk3d train me.person.t3d me.clip -o quick.t3d --steps 500",
+    "build": "talk3d build me.mp4 -o me.t3d\n  talk3d build me.mp4 -o me.t3d --train.steps 2000        (only training runs again)\n"
+    "  talk3d build me.mp4 -o me.t3d --fresh                   (start over)",
+    "animate": "talk3d animate me.t3d speech.wav -o talking.mp4\n  talk3d animate me.t3d film.mp4 -o turning.mp4 --camera orbit",
+    "evaluate": "talk3d evaluate me.t3d me.clip -o report.json",
+    "pretrain": "talk3d pretrain heads/ -o prior.t3d",
+    "demo": "talk3d demo\n  talk3d demo -o elsewhere.mp4",
+    "doctor": "talk3d doctor",
+}
 OVERVIEW = f"""talk3d {__version__}: a short video of one person talking in, a talking 3D avatar out.
 
 usage: talk3d COMMAND …        talk3d COMMAND --help
@@ -62,7 +74,7 @@ def _run(name: str, arguments: list[str]) -> int:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            importlib.import_module("talk3d.apps.commands").run(name, arguments)
+            importlib.import_module("talk3d.apps.commands").run(name, arguments, EXAMPLES[name])
     except Talk3DError as error:
         return _fail(str(error))
     except ModuleNotFoundError as error:

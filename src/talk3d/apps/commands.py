@@ -21,33 +21,21 @@ Output = Annotated[Path, arg(aliases=["-o"])]
 PriorName = Annotated[str, arg(metavar="builtin|PATH")]
 ModelFile = Annotated[Path | None, arg(metavar="FILE")]
 
-EXAMPLES = {
-    "track": "talk3d track me.mp4 -o me.clip",
-    "personalize": "talk3d personalize me.clip -o me.person.t3d",
-    "train": "talk3d train me.person.t3d me.clip -o me.t3d\n  talk3d train me.person.t3d me.clip -o quick.t3d --steps 500",
-    "build": "talk3d build me.mp4 -o me.t3d\n  talk3d build me.mp4 -o me.t3d --train.steps 2000        (only training runs again)\n"
-    "  talk3d build me.mp4 -o me.t3d --fresh                   (start over)",
-    "animate": "talk3d animate me.t3d speech.wav -o talking.mp4\n  talk3d animate me.t3d film.mp4 -o turning.mp4 --camera orbit",
-    "evaluate": "talk3d evaluate me.t3d me.clip -o report.json",
-    "pretrain": "talk3d pretrain heads/ -o prior.t3d",
-    "demo": "talk3d demo\n  talk3d demo -o elsewhere.mp4",
-    "doctor": "talk3d doctor",
-}
 
-
-def run(name: str, arguments: list[str]) -> None:
+def run(name: str, arguments: list[str], examples: str) -> None:
     """Parse the arguments of a command and run it.
 
     Args:
         name: one of `COMMANDS`.
         arguments: what follows it on the command line.
+        examples: shown with the help.
 
     Raises:
         Talk3DError: what the user gave is unfit; the message says what to do.
         SystemExit: the arguments cannot be parsed, or help was asked for.
     """
     command = COMMANDS[name]()
-    description = f"{(command.__doc__ or '').partition('Args:')[0].strip()}\n\nexamples:\n  {EXAMPLES[name]}"
+    description = f"{(command.__doc__ or '').partition('Args:')[0].strip()}\n\nexamples:\n  {examples}"
     tyro.cli(command, prog=f"talk3d {name}", description=description, args=arguments)
 
 
@@ -293,13 +281,14 @@ def _animate() -> Callable[..., None]:
         """Let an avatar speak a recording.
 
         Args:
-            avatar: from `talk3d build` or `talk3d train`.
+            avatar: from `talk3d build` or `talk3d train`, or the word sample for the shipped one.
             audio: wav, mp3, m4a, flac …, or a video whose sound is used; of any length.
             out: the film, .mp4, .m4v, .mov or .mkv.
             config: from where the avatar is seen.
             device: where to render.
         """
-        check_input(avatar, "an avatar, made by `talk3d build`")
+        if str(avatar) != "sample":
+            check_input(avatar, "an avatar, made by `talk3d build`")
         check_input(audio, "a recording")
         check_output(out)
         with Display() as display:
@@ -323,6 +312,7 @@ def _evaluate() -> Callable[..., None]:
         out: Output,
         config: Annotated[EvaluateConfig, arg(name="")] = defaults,
         truth: Annotated[Path | None, arg(metavar="FOLDER")] = None,
+        face_model: ModelFile = None,
         device: Device = "auto",
     ) -> None:
         """Measure an avatar on the end of a clip, which its training never saw.
@@ -333,13 +323,16 @@ def _evaluate() -> Callable[..., None]:
             out: the report, JSON; pictures go beside it.
             config: what is measured.
             truth: folder of an invented person with truth.npz and the same moments seen from other cameras.
+            face_model: MediaPipe's face_landmarker.task, if it is not in its usual place.
             device: where to render.
         """
         check_input(avatar, "an avatar, made by `talk3d build`")
         check_input(clip, "a clip, made by `talk3d track`")
         check_output(out)
         with Display() as display:
-            report = evaluate(load_avatar(avatar), load_clip(clip), config, truth=truth, device=resolve_device(device), progress=display)
+            report = evaluate(
+                load_avatar(avatar), load_clip(clip), config, truth=truth, face_model=face_model, device=resolve_device(device), progress=display
+            )
         report.save(out)
         print_table(str(out), ("measure", "value", "on"), report.rows())
 
@@ -359,7 +352,7 @@ def _demo() -> Callable[..., None]:
             device: where to render.
         """
         check_output(out)
-        avatar = load_avatar(asset("sample_avatar.safetensors"))
+        avatar = load_avatar("sample")
         with Display() as display:
             write_animation(
                 avatar, asset("sample_sentence.flac"), out, AnimateConfig(camera="orbit"), device=resolve_device(device), progress=display
