@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from talk3d.models.avatar import Avatar, Performance
+from talk3d.models.avatar import Avatar, Performance, PersonalizedGenerator
+from talk3d.models.generator import TriplaneGenerator
 from talk3d.ops.geometry import head_camera
+from talk3d.presets import TINY, TINY_AVATAR
 from talk3d.types import Camera, Driving, Rendering
 
 NUM_PERFORMED = 5
@@ -70,3 +72,31 @@ class KnownAvatar(Avatar):
 def make_avatar() -> Callable[..., KnownAvatar]:
     """Make avatars of known pictures."""
     return KnownAvatar
+
+
+@pytest.fixture(scope="session")
+def tiny_avatar() -> Avatar:
+    """An avatar of the real networks, tiny and as loud as if it were taught."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        generator = TriplaneGenerator(TINY).eval()
+        ws = generator.mapping(torch.randn(1, TINY.z_dim))
+        personalized = PersonalizedGenerator.from_generator(generator, ws, {})
+        count = torch.arange(NUM_PERFORMED, dtype=torch.float32)
+        avatar = Avatar(
+            personalized=personalized,
+            config=TINY_AVATAR,
+            performance=Performance(
+                cameras=head_camera(torch.stack([0.1 * count, 0 * count, 0 * count], -1)),
+                blink=count[:, None] / 10,
+                head_pose=count[:, None].repeat(1, 3) / 10,
+                anchors=count[:, None].repeat(1, 6) / 10,
+            ),
+            background=torch.zeros(3, 32, 32),
+            audio_source="logmel64",
+            fps=25.0,
+            provenance={},
+        )
+        for parameter in [*avatar.predictor.parameters(), *avatar.conditioner.parameters()]:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return avatar.eval()

@@ -168,3 +168,19 @@ def test_nothing_is_left_where_writing_fails(make_avatar, tmp_path: Path) -> Non
     with pytest.raises(TypeError):
         write_animation(avatar, sound(0.2), tmp_path / "talking.mp4")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_real_networks_speak_the_same_in_any_batch(tiny_avatar) -> None:
+    side = tiny_avatar.resolution
+    tiny_avatar.background = torch.zeros(3, side, side)
+    one, four = (np.stack(list(animate(tiny_avatar, sound(0.4), config=AnimateConfig(batch_size=size)))).astype(int) for size in (1, 4))
+    assert one.shape == (10, side, side, 3)
+    assert np.abs(one - four).max() <= 1
+    assert np.abs(one[1:] - one[:-1]).max() > 2
+    assert not any(parameter.grad is not None for parameter in tiny_avatar.parameters())
+
+
+def test_the_real_networks_listen(tiny_avatar) -> None:
+    speech, silence = sound(0.4), Waveform(samples=torch.zeros(6400), sample_rate_hz=16000)
+    heard, unheard = (np.stack(list(animate(tiny_avatar, said, config=AnimateConfig(camera="fixed")))).astype(int) for said in (speech, silence))
+    assert np.abs(heard - unheard).max() > 0
