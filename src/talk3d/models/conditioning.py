@@ -97,14 +97,17 @@ class Conditioner(nn.Module):
         self.landmark_encoder = PositionalMLP(6, config.anchor_octaves, width)
         self.null_vector = nn.Parameter(torch.randn(1, 1, width))
 
+    def audio_token(self, windows: Float[Tensor, "b n f w"]) -> Float[Tensor, "b d"]:
+        """Encode the speech features of b frames and their neighbours."""
+        encoded = self.audio_net(windows.flatten(0, 1).transpose(1, 2))
+        return self.audio_att_net(encoded.unflatten(0, windows.shape[:2]))
+
     def forward(self, driving: Driving, generator: torch.Generator | None = None) -> Float[Tensor, "b 5 d"]:
         """Encode b frames; `generator` (training) replaces tokens other than the audio's by the null token at the configured rate."""
-        windows = driving.audio  # b n f w
-        batch, count = windows.shape[:2]
-        audio = self.audio_net(windows.flatten(0, 1).transpose(1, 2)).unflatten(0, (batch, count))
+        batch = driving.audio.shape[0]
         tokens = torch.stack(
             [
-                self.audio_att_net(audio),
+                self.audio_token(driving.audio),
                 self.blink_encoder(driving.blink),
                 self.null_vector.expand(batch, -1, -1)[:, 0],
                 self.rotation_encoder(driving.head_pose),

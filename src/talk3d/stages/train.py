@@ -23,6 +23,7 @@ from talk3d.models.deltaplane import DeltaplaneConfig
 from talk3d.models.renderer import RendererConfig
 from talk3d.stages.personalize import LOSS_WEIGHTS, face_emphasis
 from talk3d.training.loop import Average, Loop
+from talk3d.training.listening import Listener, mouth_shapes
 from talk3d.training.losses import PictureTarget, picture_losses, premultiply, weighted_sum
 from talk3d.types import Clip, Driving, Progress, silent
 
@@ -35,6 +36,14 @@ class TrainConfig:
     """Optimisation steps."""
     frames_per_step: int = 2
     """Frames rendered in one step."""
+    listening_steps: int = 600
+    """Steps of the lesson before, in which the audio encoder learns to tell the shape of the mouth."""
+    listening_frames: int = 64
+    """Frames in one such step; nothing is rendered."""
+    listening_rate: float = 2e-3
+    """Adam's rate in that lesson at the start; falls to zero."""
+    listening_weight: float = 0.05
+    """Of that lesson's error while training."""
     learning_rate: float = 1.5e-3
     """Adam's rate of conditioner and U-Net at the start; falls to a twentieth along a half cosine."""
     renderer_rate: float = 4e-4
@@ -45,7 +54,7 @@ class TrainConfig:
     """How much more a pixel of the mouth counts than one of the background."""
     face_emphasis: float = 3.0
     """How much more a pixel of the face counts."""
-    audio_noise: float = 0.1
+    audio_noise: float = 0.3
     """Standard deviation of the noise on speech features, in their units."""
     delta_weight: float = 0.01
     """Of the mean absolute value of the deltaplane."""
@@ -103,6 +112,8 @@ def train(
     avatar = _new_avatar(person, clip, config, seed).to(device)
     lesson = _Lesson(avatar, clip, config, device=device, seed=seed)
     loop = Loop(modules=lesson.modules, optimizers={"adam": lesson.optimizer}, generators=lesson.generators, checkpoint=checkpoint)
+    if loop.step == 0:
+        lesson.listen(progress)
     loop.run("train", config.steps, lesson.step, progress)
     result = lesson.average.module
     assert isinstance(result, Avatar)
@@ -160,19 +171,44 @@ class _Lesson:
 
     def __init__(self, avatar: Avatar, clip: Clip, config: TrainConfig, *, device: str, seed: int) -> None:
         self.avatar, self.clip, self.config, self.device = avatar.train(), clip, config, device
+        self.shapes = mouth_shapes(clip.track.landmarks[: clip.num_training_frames])
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.listener = Listener(avatar.config.conditioning.token_width, len(self.shapes.importance)).to(device)
         self.average = Average(avatar, config.average_decay)
-        self.modules: dict[str, nn.Module] = {"avatar": avatar, "average": self.average.module}
+        self.modules: dict[str, nn.Module] = {"avatar": avatar, "average": self.average.module, "listener": self.listener}
         self.scale = float(avatar.predictor.scale)
         self.rates = (config.learning_rate, config.renderer_rate, config.identity_rate * self.scale)
         self.optimizer = torch.optim.Adam(
             [
-                {"params": [*avatar.conditioner.parameters(), *avatar.predictor.parameters()], "lr": config.learning_rate},
+                {"params": [*avatar.conditioner.parameters(), *avatar.predictor.parameters(), *self.listener.parameters()], "lr": config.learning_rate},
                 {"params": list(avatar.personalized.renderer.parameters()), "lr": config.renderer_rate},
                 {"params": [avatar.personalized.identity], "lr": config.identity_rate},
             ],
             betas=(0.9, 0.99),
         )
         self.generators = {"choice": torch.Generator().manual_seed(seed), "rays": torch.Generator(device).manual_seed(seed)}
+
+    def listen(self, progress: Progress) -> None:
+        """Teach the audio encoder to tell the shape of the mouth."""
+        config, parameters = self.config, [*self.avatar.conditioner.parameters(), *self.listener.parameters()]
+        optimizer = torch.optim.Adam(parameters, lr=config.listening_rate)
+        for number in range(config.listening_steps):
+            optimizer.param_groups[0]["lr"] = config.listening_rate * (1 - number / config.listening_steps)
+            loss = self._hear(config.listening_frames)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            if number % 20 == 19:
+                progress("listen", number + 1, config.listening_steps, {"mouth": float(loss.detach())})
+        self.average.module.load_state_dict(self.avatar.state_dict())
+
+    def _hear(self, count: int) -> Float[Tensor, ""]:
+        choice = self.generators["choice"]
+        frames = torch.randint(self.clip.num_training_frames, (count,), generator=choice)
+        shape = (count, *self.clip.audio.around(frames[:1]).shape[1:])
+        noise = self.config.audio_noise * torch.randn(shape, generator=choice)
+        return self.listener.loss(self.avatar.conditioner, self.clip.audio, self.shapes, frames, noise)
 
     def step(self, number: int) -> dict[str, Float[Tensor, ""]]:
         """Draw frames, predict their deltaplanes, render, compare, descend."""
@@ -186,8 +222,8 @@ class _Lesson:
         delta = self.avatar.deltaplane(self._driving(index), choice)
         person = self.avatar.personalized
         rendering = person.render(person.triplane + delta, clip.track.cameras[index].to(self.device), self.generators["rays"])
-        terms = picture_losses(rendering, target, emphasis) | {"delta": delta.planes.abs().mean() / self.scale}
-        loss = weighted_sum(terms, LOSS_WEIGHTS | {"delta": config.delta_weight})
+        terms = picture_losses(rendering, target, emphasis) | {"delta": delta.planes.abs().mean() / self.scale, "mouth": self._hear(16)}
+        loss = weighted_sum(terms, LOSS_WEIGHTS | {"delta": config.delta_weight, "mouth": config.listening_weight})
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(self.avatar.parameters(), 1.0)
