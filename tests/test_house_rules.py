@@ -154,6 +154,12 @@ def test_every_module_has_a_test_file() -> None:
     nothing(found, "tests mirror the source, missing")
 
 
+def test_the_map_names_every_module() -> None:
+    listed = set(re.findall(r"`([a-z_0-9.]+)`", (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")))
+    dotted = {name_of(path).removesuffix(".py").replace("/", ".") for path in MODULES}
+    nothing(sorted(dotted - listed), "ARCHITECTURE.md has a line for each module")
+
+
 def scopes(path: Path) -> Iterator[tuple[str, set[str]]]:
     """Each function's (and the module's) own names: parameters and what it assigns, without inner functions."""
 
