@@ -18,11 +18,11 @@ HEAD_PIVOT = (0.0, 0.0, 0.2)
 
 def rotation_from_vector(vector: Float[Tensor, "*b 3"]) -> Float[Tensor, "*b 3 3"]:
     """Rotation matrices about `vector` by its length in radians (Rodrigues' formula), smooth through zero."""
-    angle2 = vector.square().sum(-1)[..., None, None]
-    angle = angle2.clamp_min(1e-24).sqrt()
-    small = angle2 < 1e-8
-    sine = torch.where(small, 1 - angle2 / 6, angle.sin() / angle)
-    cosine = torch.where(small, 0.5 - angle2 / 24, (1 - angle.cos()) / angle.square())
+    squared = vector.square().sum(-1)[..., None, None]
+    angle = squared.clamp_min(1e-24).sqrt()
+    small = squared < 1e-8
+    sine = torch.where(small, 1 - squared / 6, angle.sin() / angle)
+    cosine = torch.where(small, 0.5 - squared / 24, (1 - angle.cos()) / angle.square())
     cross = cross_matrix(vector)
     return torch.eye(3, dtype=vector.dtype, device=vector.device) + sine * cross + cosine * (cross @ cross)
 

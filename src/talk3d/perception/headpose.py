@@ -33,7 +33,7 @@ RIGID_POINTS = (
 """MediaPipe points that neither speech, lids nor brows move much."""
 SYSTEMATIC = 0.005
 """Error of the face networks that is the same in many frames, scene units; it bounds how much a clip can tell of the person's shape."""
-NUM_VIEWS = 10.0
+NUM_VIEWS = 60.0
 """How many independent views a clip counts for when the person's shape is refined: neighbouring frames err alike."""
 
 

@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float32, UInt8
@@ -14,6 +14,7 @@ from talk3d.io.face_models import registry_model
 from talk3d.perception.detection import Network
 
 
+@runtime_checkable
 class Matting(Protocol):
     """Cuts a person out of single pictures."""
 

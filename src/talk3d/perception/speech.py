@@ -23,16 +23,20 @@ NUM_STEPS = 16
 """Steps in the window of one video frame, 320 ms."""
 RANGE_DB = 55.0
 """What is quieter than the loudest band of the speech around by more than this is silence, -1."""
-QUIETEST_DB = -50.0
+QUIETEST_DB = -65.0
 """The loudest band of speech is never taken to be quieter than this (full scale 0), so that noise in a long pause is not raised to speech."""
-CONTEXT_S = 4.5
-"""How far the loudness of the surroundings reaches."""
+LEVEL_STEPS = 500
+"""How far the loudness of the surroundings reaches to either side, 10 s."""
+LEVEL_OFFSET_DB = 2.5
+"""From the mean of the surroundings to their loud syllables."""
+CONTEXT_S = 10.5
+"""Sound within this of a frame decides its features; `level_db` makes it half a window."""
 
 
 def speech_features(waveform: Waveform, num_frames: int, fps: float, level_db: float | None = None) -> AudioFeatures:
     """Log-mel features, a window of 16 steps of 20 ms centred on the mid-time of each video frame, in [-1, 1].
 
-    Loudness is taken out: 1 is as loud as the loudest bands of the speech within some seconds, -1 is 55 dB below it, or silence.
+    Loudness is taken out: 1 is as loud as the loud syllables of the speech within ten seconds, -1 is 55 dB below it, or silence.
 
     Args:
         waveform: 16 kHz mono; sample 0 is the start of frame 0.
@@ -69,12 +73,15 @@ def mel_steps(samples: Float[Tensor, " n"], num_frames: int, fps: float) -> Floa
 
 
 def speech_level(steps: Float[Tensor, "m c"]) -> Float[Tensor, " m"]:
-    """How loud speech is around each step in dB: the loudest 0.4 s within three seconds, drawn smooth; see `QUIETEST_DB`."""
-    loudest = (10 ** (steps / 10)).amax(-1)[None, None]
+    """How loud speech is around each step in dB, see `QUIETEST_DB`.
+
+    Loudness is that of the loudest band over 0.4 s; a mean over ten seconds to either side, of its cube, follows the loud parts whatever the
+    pauses, and one bang moves it little.
+    """
+    loudest = (10 ** (steps.double() / 10)).amax(-1)[None, None]
     short = F.avg_pool1d(F.pad(loudest, (10, 10)), 21, 1)
-    wide = 10 * torch.log10(F.max_pool1d(short, 301, 1, 150).clamp_min(1e-14))
-    smooth = F.avg_pool1d(F.pad(wide, (50, 50), mode="replicate"), 101, 1)
-    return smooth[0, 0].clamp_min(QUIETEST_DB)
+    wide = F.avg_pool1d(short**3, 2 * LEVEL_STEPS + 1, 1, LEVEL_STEPS, count_include_pad=False) ** (1 / 3)
+    return (10 * torch.log10(wide.clamp_min(1e-14)) + LEVEL_OFFSET_DB).float()[0, 0].clamp_min(QUIETEST_DB)
 
 
 def mel_filters() -> Float[Tensor, "c f"]:
