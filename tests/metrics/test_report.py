@@ -59,3 +59,5 @@ def test_saving_writes_json_and_sheet(tmp_path: Path) -> None:
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     with pytest.raises(MediaError, match="cannot write"):
         report().save(tmp_path / "missing" / "report.json")
+    with pytest.raises(MediaError, match=r"ends in \.json"):
+        report().save(tmp_path / "report.png")

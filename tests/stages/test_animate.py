@@ -70,8 +70,9 @@ def test_given_cameras_go_back_and_forth(make_avatar) -> None:
     cameras = head_camera(torch.linspace(-0.3, 0.3, 3)[:, None] * torch.tensor([1.0, 0.0, 0.0]))
     list(animate(avatar, sound(0.24), cameras))
     torch.testing.assert_close(avatar.filmed, cameras.cam2world[[0, 1, 2, 1, 0, 1]])
-    with pytest.raises(ConfigError, match="no camera"):
-        animate(avatar, sound(0.24), cameras[:0])
+    for unfit in (cameras[:0], cameras[0]):
+        with pytest.raises(ConfigError, match="no camera"):
+            animate(avatar, sound(0.24), unfit)
 
 
 def test_the_batch_size_changes_no_frame(make_avatar) -> None:

@@ -94,9 +94,11 @@ class Report:
         """Write the JSON to `path` and the sheet beside it with the ending .png; each appears only when it is whole.
 
         Raises:
-            MediaError: the place cannot be written.
+            MediaError: the place cannot be written, or its name ends in .png.
         """
         path = Path(path)
+        if path.suffix.lower() == ".png":
+            raise MediaError(f"the report cannot be called {path}, which is the name of its pictures: give a name that ends in .json")
         text = json.dumps(self.to_json(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
         try:
             if self.sheet is not None:

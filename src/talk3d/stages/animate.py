@@ -83,8 +83,8 @@ def animate(
     config = config or AnimateConfig()
     waveform = audio if isinstance(audio, Waveform) else read_audio(audio)
     _check_sound(waveform, avatar)
-    if cameras is not None and not len(cameras):
-        raise ConfigError("cameras holds no camera: give at least one, or leave it out")
+    if cameras is not None and (cameras.cam2world.ndim != 3 or not len(cameras)):
+        raise ConfigError(f"cameras has no camera per frame (cam2world {tuple(cameras.cam2world.shape)}): give (t, 4, 4), or leave it out")
     return _frames(avatar.to(device).eval(), waveform, cameras, config, device)
 
 
