@@ -83,7 +83,7 @@ def config_from_json(cls: type[C], values: Mapping[str, Any], path: Path | str) 
     """
     try:
         return _rebuild(cls, values)
-    except (TypeError, KeyError, ValueError) as error:
+    except (TypeError, KeyError, ValueError, AttributeError) as error:
         raise WeightsError(f"{path} was saved by an incompatible version ({error}): make it again with this version") from error
 
 

@@ -25,7 +25,7 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(context_width, width, bias=False)
         self.to_out = nn.ModuleList([nn.Linear(width, width)])
 
-    def attend(self, query: Float[Tensor, "b n d"], context: Float[Tensor, "b m e"]) -> Float[Tensor, "b n d"]:
+    def attend(self, query: Float[Tensor, "a n d"], context: Float[Tensor, "b m e"]) -> Float[Tensor, "b n d"]:
         """Attend with ready queries, which may have batch 1 for any number of contexts."""
         batch = context.shape[0]
         q, k, v = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (query, self.to_k(context), self.to_v(context)))  # b h n e

@@ -154,15 +154,19 @@ class TriplaneRenderer(nn.Module):
         batches = []
         for i in range(hit.shape[0]):
             index = hit[i].nonzero()[:, 0]
+            empty = rays.far[i : i + 1].clone()
+            black = torch.zeros(1, hit.shape[1], self.renderer_config.feature_channels, device=empty.device)
+            if not len(index):  # nothing of this volume is in sight
+                batches.append((black, torch.zeros_like(empty), empty))
+                continue
             one = Rays(
                 **{name: getattr(rays, name)[i : i + 1, index] for name in ("origins", "directions", "near", "far")},
             )
             volume = Triplane(planes=triplane.planes[i : i + 1], axes=triplane.axes)
             features, alpha, depth = self.render_rays(volume, one, generator)
-            empty = rays.far[i : i + 1].clone()
             batches.append(
                 (
-                    torch.zeros(1, hit.shape[1], features.shape[-1], device=features.device).index_copy(1, index, features),
+                    black.index_copy(1, index, features),
                     torch.zeros_like(empty).index_copy(1, index, alpha),
                     empty.index_copy(1, index, depth),
                 )

@@ -106,7 +106,7 @@ class SynthesisNetwork(nn.Module):
             setattr(self, f"b{side}", block)
             previous = channels
 
-    def forward(self, ws: Float[Tensor, "b n w"], *, noise: bool = True) -> Float[Tensor, "b k h w"]:
+    def forward(self, ws: Float[Tensor, "b n d"], *, noise: bool = True) -> Float[Tensor, "b k s s"]:
         """Paint the picture; `noise` adds the stored noise maps."""
         x = image = None
         for i, side in enumerate(self.resolutions):

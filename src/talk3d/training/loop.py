@@ -117,5 +117,6 @@ class Loop:
             for name, generator in self.generators.items():
                 generator.set_state(state["generators"][name])
         except (KeyError, RuntimeError, ValueError) as error:
-            raise WeightsError(f"checkpoint {path} belongs to other settings ({str(error)[:200]}): delete it to start anew") from error
+            reason = " ".join(str(error).split())[:200]
+            raise WeightsError(f"checkpoint {path} belongs to other settings ({reason}): delete it to start anew") from error
         self.step = header["step"]

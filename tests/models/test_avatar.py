@@ -1,0 +1,109 @@
+"""Person and avatar: what they keep, and that a silent avatar is the person exactly."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from talk3d.models.avatar import Avatar, Performance, PersonalizedGenerator
+from talk3d.models.generator import TriplaneGenerator
+from talk3d.ops.geometry import head_camera
+from talk3d.presets import TINY, TINY_AVATAR
+from talk3d.types import Driving
+
+CAMERA = head_camera(torch.tensor([[0.2, 0.1, 0.0], [-0.3, 0.0, 0.0], [0.0, 0.0, 0.0]]))
+
+
+@pytest.fixture
+def generator() -> TriplaneGenerator:
+    torch.manual_seed(3)
+    return TriplaneGenerator(TINY).eval()
+
+
+@pytest.fixture
+def avatar(generator: TriplaneGenerator) -> Avatar:
+    count = 3
+    return Avatar(
+        personalized=PersonalizedGenerator.from_generator(generator, generator.mapping(torch.randn(1, 8)), {"prior": "none"}),
+        config=TINY_AVATAR,
+        performance=Performance(cameras=CAMERA, blink=torch.rand(count, 1), head_pose=torch.randn(count, 3), anchors=torch.rand(count, 6)),
+        background=torch.zeros(3, 64, 64),
+        audio_source="logmel64",
+        fps=25.0,
+        provenance={},
+    ).eval()
+
+
+def driving(count: int = 3) -> Driving:
+    return Driving(audio=torch.randn(count, 8, 16, 64), blink=torch.rand(count, 1), head_pose=torch.randn(count, 3), anchors=torch.rand(count, 6))
+
+
+def speak(avatar: Avatar) -> None:
+    """Give the talking part something to say."""
+    for layer in avatar.predictor.out.values():
+        assert isinstance(layer, nn.Conv2d)
+        nn.init.normal_(layer.weight, std=0.5)
+
+
+def test_person_renders_what_the_generator_does(generator: TriplaneGenerator) -> None:
+    ws = generator.mapping(torch.randn(1, 8))
+    person = PersonalizedGenerator.from_generator(generator, ws, {"prior": "none"})
+    torch.testing.assert_close(person.triplane.planes, generator.triplane(ws).planes)
+    person.occupied.fill_(True)
+    expected = generator.render_triplane(generator.triplane(ws), ws[:, -1], CAMERA[:1], occupied=person.occupied)
+    torch.testing.assert_close(person.render(person.triplane, CAMERA[:1]).image, expected.image)
+    assert not person.training and person.provenance == {"prior": "none"}
+
+
+def test_person_owns_its_weights(generator: TriplaneGenerator) -> None:
+    person = PersonalizedGenerator.from_generator(generator, generator.mapping(torch.randn(1, 8)), {})
+    before = person.renderer.decoder.net[0].weight.clone()
+    with torch.no_grad():
+        generator.decoder.net[0].weight.add_(1)
+    assert person.renderer.decoder.net[0].weight.equal(before)
+    assert not any("backbone" in name for name in person.state_dict())
+
+
+def test_a_new_avatar_is_the_person_exactly(avatar: Avatar) -> None:
+    person = avatar.personalized
+    triplane = replace(person.triplane, planes=person.identity.expand(3, -1, -1, -1, -1))
+    with torch.no_grad():
+        assert avatar.render(driving(), CAMERA).image.equal(person.render(triplane, CAMERA).image)
+    assert avatar.resolution == 64
+
+
+def test_a_talking_avatar_moves(avatar: Avatar) -> None:
+    speak(avatar)
+    with torch.no_grad():
+        first, second = (avatar.render(driving(), CAMERA).image for _ in range(2))
+    assert not torch.allclose(first, second)
+
+
+def test_what_depends_on_the_person_is_computed_once_and_forgotten_with_the_mode(avatar: Avatar) -> None:
+    speak(avatar)
+    given = driving()
+    with torch.no_grad():
+        first = avatar.deltaplane(given).planes
+        kept = avatar._prefix
+        assert kept is not None and avatar.deltaplane(given).planes.equal(first) and avatar._prefix is kept
+        avatar.predictor.proj_in["lin_xy"].weight.mul_(2)
+        avatar.eval()
+        assert not torch.allclose(avatar.deltaplane(given).planes, first)
+
+
+def test_nothing_is_kept_with_gradients_or_in_training(avatar: Avatar) -> None:
+    avatar.deltaplane(driving())
+    assert avatar._prefix is None
+    with torch.no_grad():
+        avatar.train().deltaplane(driving())
+        assert avatar._prefix is None
+
+
+def test_tokens_drop_only_with_a_generator(avatar: Avatar) -> None:
+    speak(avatar)
+    given = driving(40)
+    with torch.no_grad():
+        whole, dropped = avatar.deltaplane(given).planes, avatar.deltaplane(given, torch.Generator().manual_seed(0)).planes
+        assert whole.equal(avatar.train().deltaplane(given).planes)
+    assert not whole.equal(dropped)

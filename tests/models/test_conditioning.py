@@ -1,0 +1,112 @@
+"""The five tokens: order, values, and when they are dropped."""
+
+import numpy as np
+import pytest
+import torch
+
+from talk3d.models.conditioning import AudioAttention, AudioNet, Conditioner, ConditioningConfig, PositionalMLP
+from talk3d.types import Driving
+
+AUDIO, BLINK, NULL, ROTATION, LANDMARKS = range(5)
+
+
+def driving(count: int = 3, channels: int = 12) -> Driving:
+    return Driving(
+        audio=torch.randn(count, 8, 16, channels), blink=torch.rand(count, 1), head_pose=torch.randn(count, 3), anchors=torch.rand(count, 6)
+    )
+
+
+def conditioner(**config) -> Conditioner:
+    return Conditioner(ConditioningConfig(audio_channels=12, token_width=10, **config))
+
+
+def test_tokens_are_audio_blink_null_rotation_landmarks() -> None:
+    model, given = conditioner(), driving()
+    tokens = model(given)
+    assert tokens.shape == (3, 5, 10)
+    torch.testing.assert_close(tokens[:, BLINK], model.blink_encoder(given.blink))
+    torch.testing.assert_close(tokens[:, NULL], model.null_vector[0].expand(3, -1))
+    torch.testing.assert_close(tokens[:, ROTATION], model.rotation_encoder(given.head_pose))
+    torch.testing.assert_close(tokens[:, LANDMARKS], model.landmark_encoder(given.anchors))
+    vectors = torch.stack([torch.stack([model.audio_net(window.T[None])[0] for window in frame]) for frame in given.audio])
+    torch.testing.assert_close(tokens[:, AUDIO], model.audio_att_net(vectors))
+
+
+@pytest.mark.parametrize("changed", ["audio", "blink", "head_pose", "anchors"])
+def test_each_input_reaches_its_token_and_no_other(changed: str) -> None:
+    model, given = conditioner(), driving()
+    other = Driving(**{**vars(given), changed: vars(given)[changed] + 0.3})
+    moved = (model(given) != model(other)).any(-1).any(0)
+    expected = {"audio": AUDIO, "blink": BLINK, "head_pose": ROTATION, "anchors": LANDMARKS}[changed]
+    assert moved.nonzero()[:, 0].tolist() == [expected]
+
+
+def test_tokens_drop_only_with_a_generator_and_never_the_audio() -> None:
+    model, given = conditioner(drop_rate=0.25), driving(400)
+    whole = model(given)
+    assert whole.equal(model(given))
+    dropped = model(given, torch.Generator().manual_seed(0))
+    replaced = (dropped == model.null_vector).all(-1)
+    kept = (dropped == whole).all(-1)
+    assert (replaced | kept).all()
+    assert not replaced[:, AUDIO].any() and replaced[:, NULL].all()
+    for token in (BLINK, ROTATION, LANDMARKS):
+        assert replaced[:, token].float().mean().item() == pytest.approx(0.25, abs=0.07)
+    assert dropped.equal(model(given, torch.Generator().manual_seed(0)))
+
+
+@pytest.mark.parametrize(("rate", "expected"), [(0.0, False), (1.0, True)])
+def test_drop_rates_at_the_ends(rate: float, expected: bool) -> None:
+    model, given = conditioner(drop_rate=rate), driving()
+    tokens = model(given, torch.Generator().manual_seed(0))
+    for token in (BLINK, ROTATION, LANDMARKS):
+        assert (tokens[:, token] == model.null_vector[0]).all().item() is expected
+
+
+def test_positional_code_is_sines_and_cosines_of_doubling_frequency() -> None:
+    model = PositionalMLP(2, 3, 5)
+    x = torch.randn(4, 2)
+    code = torch.cat([x, x.sin(), x.cos(), (2 * x).sin(), (2 * x).cos(), (4 * x).sin(), (4 * x).cos()], -1)
+    hidden = model.in_layer(code)
+    for layer in model.mlp_layers:
+        hidden = layer(hidden.clamp(min=0))
+    torch.testing.assert_close(model(x), hidden)
+
+
+def test_audio_attention_is_a_convex_combination_of_its_windows() -> None:
+    model, x = AudioAttention(6), torch.randn(3, 8, 6)
+    found = model(x)
+    assert (found <= x.amax(1) + 1e-6).all() and (found >= x.amin(1) - 1e-6).all()
+    same = torch.randn(3, 1, 6).expand(-1, 8, -1)
+    torch.testing.assert_close(model(same), same[:, 0])
+
+
+def test_encoders_reproduce_the_published_ones(shared) -> None:
+    arrays = {name: torch.from_numpy(value) for name, value in np.load(shared / "fixtures" / "talk3d_parity.npz").items() if "_" in name}
+
+    def load(model: torch.nn.Module, name: str, *, renamed: dict[str, str] | None = None) -> None:
+        prefix = f"{name}/weights/"
+        weights = {key.removeprefix(prefix): value for key, value in arrays.items() if key.startswith(prefix)}
+        for old, new in (renamed or {}).items():
+            weights = {key.replace(old, new): value for key, value in weights.items() if old in key}
+        model.load_state_dict(weights)
+
+    audio, attention, blink, rotation, landmarks = (
+        AudioNet(44),
+        AudioAttention(),
+        PositionalMLP(1, 16),
+        PositionalMLP(3, 10),
+        PositionalMLP(6, 6),
+    )
+    load(audio, "audio_net")
+    load(attention, "audio_att_net")
+    load(blink, "blink_encoder", renamed={"simplemlp.": ""})
+    load(rotation, "camera_encoder", renamed={"encoder1.": ""})
+    load(landmarks, "camera_encoder", renamed={"encoder2.": ""})
+    with torch.no_grad():
+        vectors = audio(arrays["audio_net/in"])
+        torch.testing.assert_close(vectors, arrays["audio_net/out"], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(attention(arrays["audio_net/out"][None]), arrays["audio_att_net/out"], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(blink(arrays["blink_encoder/in"]), arrays["blink_encoder/out"][:, 0], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(rotation(arrays["camera_encoder/angle"]), arrays["camera_encoder/angle_out"][:, 0], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(landmarks(arrays["camera_encoder/landmark"]), arrays["camera_encoder/landmark_out"][:, 0], atol=1e-5, rtol=1e-5)

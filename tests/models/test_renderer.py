@@ -1,0 +1,179 @@
+"""Rendering of volumes that are known in closed form, and of occupied space only."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from talk3d.models.renderer import PointDecoder, RendererConfig, TriplaneRenderer
+from talk3d.models.superresolution import SuperresolutionConfig
+from talk3d.ops.geometry import head_camera, project
+from talk3d.ops.planes import project_points, sample_planes
+from talk3d.types import Triplane
+
+SIZES = RendererConfig(
+    w_dim=6,
+    plane_channels=4,
+    plane_resolution=16,
+    decoder_hidden=8,
+    feature_channels=5,
+    neural_rendering_resolution=12,
+    depth_resolution=24,
+    depth_resolution_importance=24,
+    superresolution=SuperresolutionConfig(input_side=12, channels=(4, 4), up=(False, True), matte=True),
+)
+
+
+class Blob(nn.Module):
+    """Decoder of a volume given by formula instead: planes of coordinates come in, a grey ball comes out."""
+
+    radius, extinction = 0.25, 60.0
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        position = x[..., :3]
+        inside = (position - torch.tensor([0.0, 0.1, 0.0])).norm(dim=-1, keepdim=True) < self.radius
+        inside = inside & (x[..., 3:] > 2.9)  # all three planes were hit
+        density = torch.where(inside, math.log(math.expm1(self.extinction)) + 1, -30.0)
+        return density, torch.cat([torch.full_like(x[..., :3], 0.75), position[..., :2] + 0.5], -1)
+
+
+def coordinate_planes(side: int = 64) -> Triplane:
+    """Planes whose mean at a point is the point itself, and as fourth number 3 as long as it is inside the cube."""
+    centres = (torch.arange(side) + 0.5) / side - 0.5
+    rows, columns = torch.meshgrid(centres, centres, indexing="ij")
+    planes = torch.zeros(1, 3, 4, side, side)
+    planes[0, 0, 0], planes[0, 0, 1], planes[0, 1, 2] = columns, rows, rows
+    planes[:, :, 3] = 1
+    return Triplane(planes=3 * planes, axes="fixed")
+
+
+def ball() -> TriplaneRenderer:
+    torch.manual_seed(0)
+    renderer = TriplaneRenderer(SIZES)
+    setattr(renderer, "decoder", Blob())  # noqa: B010
+    return renderer
+
+
+def random_volume(batch: int = 1) -> tuple[TriplaneRenderer, Triplane]:
+    torch.manual_seed(0)
+    renderer = TriplaneRenderer(SIZES)
+    return renderer, Triplane(planes=2 * torch.randn(batch, 3, 4, 16, 16), axes="fixed")
+
+
+def test_decoder_is_two_layers_with_softplus_and_stretched_sigmoid() -> None:
+    decoder = PointDecoder(4, 8, 5)
+    x = torch.randn(2, 3, 4)
+    density, features = decoder(x)
+    out = decoder.net[2](torch.log1p(torch.exp(decoder.net[0](x))))
+    torch.testing.assert_close(density, out[..., :1])
+    torch.testing.assert_close(features, 1.002 / (1 + torch.exp(-out[..., 1:])) - 0.001)
+
+
+def test_query_looks_up_and_decodes() -> None:
+    renderer, triplane = random_volume()
+    points = torch.rand(1, 9, 3) - 0.5
+    found = renderer.query(triplane, points)
+    expected = renderer.decoder(sample_planes(triplane.planes, project_points(points, "fixed", 1.0)))
+    torch.testing.assert_close(found, expected)
+    outside = renderer.query(triplane, torch.full((1, 1, 3), 2.0))
+    torch.testing.assert_close(outside, renderer.decoder(torch.zeros(1, 1, 4)))
+
+
+def test_shapes_and_ranges() -> None:
+    renderer, triplane = random_volume(2)
+    rendering = renderer.render_triplane(triplane, torch.randn(2, 6), head_camera(torch.randn(2, 3) * 0.2))
+    assert rendering.image.shape == (2, 3, 24, 24) and rendering.alpha.shape == (2, 1, 24, 24)
+    assert rendering.raw.shape == (2, 3, 12, 12) and rendering.features.shape == (2, 5, 12, 12)
+    assert rendering.raw.equal(rendering.features[:, :3])
+    assert rendering.raw_alpha.min() >= 0 and rendering.raw_alpha.max() <= 1 + 1e-5
+    assert rendering.depth.min() >= 2.25 and rendering.depth.max() <= 3.3 + 1e-5
+    small = renderer.render_triplane(triplane, torch.randn(2, 6), head_camera(torch.zeros(2, 3)), neural_rendering_resolution=5)
+    assert small.raw.shape == (2, 3, 5, 5) and small.image.shape == (2, 3, 24, 24)
+
+
+def test_a_ball_appears_where_the_camera_sees_it() -> None:
+    renderer, camera = ball(), head_camera(torch.tensor([[0.5, -0.2, 0.0]]))
+    side = 48
+    rendering = renderer.render_triplane(coordinate_planes(), torch.zeros(1, 6), camera, neural_rendering_resolution=side)
+    mask = rendering.raw_alpha[0, 0] > 0.5
+    rows, columns = mask.nonzero().float().add(0.5).div(side).mean(0)
+    centre = project(torch.tensor([[0.0, 0.1, 0.0]]), camera[0])[0]
+    assert (columns.item(), rows.item()) == pytest.approx(centre.tolist(), abs=0.5 / side)
+    distance = (camera.cam2world[0, :3, 3] - torch.tensor([0.0, 0.1, 0.0])).norm().item()
+    radius = camera.intrinsics[0, 0, 0].item() * math.tan(math.asin(Blob.radius / distance))
+    assert mask.float().mean().item() == pytest.approx(math.pi * radius**2, rel=0.06)
+    # solid grey inside, nothing outside, and the nearest depth is the front of the ball
+    assert rendering.raw[0, :, mask].mean().item() == pytest.approx(0.5, abs=0.03)
+    assert rendering.raw[0, :, 0, 0].tolist() == pytest.approx([-1, -1, -1])
+    assert rendering.depth[0, 0][mask].min().item() == pytest.approx(distance - Blob.radius, abs=0.03)
+
+
+def test_everything_occupied_equals_full_rendering_inside_the_cube() -> None:
+    """With spans that end inside the cube both look at the same samples."""
+    torch.manual_seed(0)
+    renderer = TriplaneRenderer(RendererConfig(**{**vars(SIZES), "ray_start": 2.75, "ray_end": 3.05, "box_warp": 1.2}))
+    triplane = Triplane(planes=2 * torch.randn(2, 3, 4, 16, 16), axes="fixed")
+    w, camera = torch.randn(2, 6), head_camera(torch.tensor([[0.1, 0.0, 0.0], [-0.2, 0.1, 0.0]]))
+    whole = renderer.render_triplane(triplane, w, camera)
+    limited = renderer.render_triplane(triplane, w, camera, occupied=torch.ones(16, 16, 16, dtype=torch.bool))
+    for name, value in vars(whole).items():
+        torch.testing.assert_close(getattr(limited, name), value, atol=1e-5, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_tight_occupancy_renders_nearly_the_same() -> None:
+    renderer, planes = ball(), coordinate_planes()
+    occupied = renderer.occupancy(planes, side=64)
+    assert 0.05 < occupied.float().mean() < 0.3
+    camera = head_camera(torch.tensor([[0.3, 0.1, 0.0]]))
+    whole = renderer.render_triplane(planes, torch.zeros(1, 6), camera, neural_rendering_resolution=32)
+    limited = renderer.render_triplane(planes, torch.zeros(1, 6), camera, neural_rendering_resolution=32, occupied=occupied)
+    assert (whole.raw - limited.raw).abs().mean() < 0.02 and (whole.raw_alpha - limited.raw_alpha).abs().mean() < 0.01
+    assert limited.raw_alpha[0, 0, 0, 0] == 0 and limited.depth[0, 0, 0, 0].item() == pytest.approx(3.3)
+
+
+def test_where_nothing_is_occupied_the_picture_is_black() -> None:
+    renderer, triplane = random_volume()
+    nothing = torch.zeros(8, 8, 8, dtype=torch.bool)
+    rendering = renderer.render_triplane(triplane, torch.zeros(1, 6), head_camera(torch.zeros(1, 3)), occupied=nothing)
+    assert rendering.raw.eq(-1).all() and rendering.raw_alpha.eq(0).all() and torch.allclose(rendering.depth, torch.tensor(3.3))
+
+
+def test_occupied_rendering_gives_each_volume_of_a_batch_its_own_picture() -> None:
+    renderer, triplane = random_volume(2)
+    occupied = torch.zeros(16, 16, 16, dtype=torch.bool)
+    occupied[4:12, 5:11, 3:12] = True
+    w, camera = torch.randn(2, 6), head_camera(torch.tensor([[0.3, 0.1, 0.0], [-0.4, 0.0, 0.0]]))
+    together = renderer.render_triplane(triplane, w, camera, occupied=occupied)
+    for i in range(2):
+        alone = Triplane(planes=triplane.planes[i : i + 1], axes="fixed")
+        one = renderer.render_triplane(alone, w[i : i + 1], camera[i : i + 1], occupied=occupied)
+        torch.testing.assert_close(together.image[i : i + 1], one.image, atol=1e-5, rtol=1e-4)
+
+
+def test_gradients_reach_planes_through_occupied_rendering() -> None:
+    renderer, triplane = random_volume()
+    planes = triplane.planes.requires_grad_()
+    occupied = torch.zeros(16, 16, 16, dtype=torch.bool)
+    occupied[4:12, 5:11, 3:12] = True
+    rendering = renderer.render_triplane(Triplane(planes=planes, axes="fixed"), torch.zeros(1, 6), head_camera(torch.zeros(1, 3)), occupied=occupied)
+    rendering.image.square().sum().backward()
+    assert planes.grad is not None and planes.grad.isfinite().all() and planes.grad.abs().sum() > 0
+
+
+def test_occupancy_holds_the_ball_with_a_margin_in_z_y_x_order() -> None:
+    occupied = ball().occupancy(coordinate_planes(), side=32, dilation=2)
+    centres = (torch.arange(32) + 0.5) / 32 - 0.5
+    z, y, x = torch.meshgrid(centres, centres, centres, indexing="ij")
+    distance = (torch.stack([x, y, z], -1) - torch.tensor([0.0, 0.1, 0.0])).norm(dim=-1)
+    assert occupied[distance < Blob.radius].all()
+    assert not occupied[distance > Blob.radius + 3 * math.sqrt(3) / 32].any()
+
+
+def test_jitter_is_repeatable_and_its_absence_deterministic() -> None:
+    renderer, triplane = random_volume()
+    w, camera = torch.randn(1, 6), head_camera(torch.zeros(1, 3))
+    still = renderer.render_triplane(triplane, w, camera).image
+    assert still.equal(renderer.render_triplane(triplane, w, camera).image)
+    jittered = [renderer.render_triplane(triplane, w, camera, generator=torch.Generator().manual_seed(seed)).image for seed in (1, 1, 2)]
+    assert jittered[0].equal(jittered[1]) and not jittered[0].equal(jittered[2])

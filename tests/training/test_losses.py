@@ -1,0 +1,97 @@
+"""Losses against what they mean: zero for equals, closed forms, no dependence on size."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from talk3d.models.renderer import TriplaneRenderer
+from talk3d.presets import TINY
+from talk3d.training.losses import PictureTarget, density_variation, laplacian_l1, laplacian_pyramid, picture_losses, premultiply, weighted_sum
+from talk3d.types import Rendering, Triplane
+
+
+def rendering(image: torch.Tensor, alpha: torch.Tensor) -> Rendering:
+    raw, raw_alpha = (F.avg_pool2d(x, 2) for x in (image, alpha))
+    return Rendering(image=image, alpha=alpha, raw=raw, raw_alpha=raw_alpha, features=raw, depth=raw_alpha)
+
+
+def test_premultiplied_pictures_fade_to_black() -> None:
+    image = torch.full((1, 3, 2, 2), 0.6)
+    for alpha, expected in ((1.0, 0.6), (0.0, -1.0), (0.5, -0.2)):
+        torch.testing.assert_close(premultiply(image, torch.full((1, 1, 2, 2), alpha)), torch.full((1, 3, 2, 2), expected))
+
+
+def test_pyramid_bands_add_up_to_the_picture() -> None:
+    x = torch.randn(2, 3, 16, 16)
+    bands = laplacian_pyramid(x, 3)
+    assert [band.shape[-1] for band in bands] == [16, 8, 4, 2]
+    total = bands[-1]
+    for band in reversed(bands[:-1]):
+        total = band + F.interpolate(total, scale_factor=2.0, mode="bilinear", align_corners=False)
+    torch.testing.assert_close(total, x)
+
+
+def test_pyramid_loss_of_a_constant_is_its_height() -> None:
+    x = torch.zeros(1, 3, 16, 16)
+    assert laplacian_l1(x, x).item() == 0
+    assert laplacian_l1(x, x + 0.3).item() == pytest.approx(0.3, abs=1e-6)
+    assert laplacian_l1(x, x + 0.3, weight=torch.full((1, 1, 16, 16), 2.0)).item() == pytest.approx(0.6, abs=1e-6)
+
+
+def test_pyramid_loss_weighs_where_the_weight_is() -> None:
+    x, y = torch.zeros(1, 1, 16, 16), torch.zeros(1, 1, 16, 16)
+    y[..., 2:6, 2:6] = 1
+    weight = torch.ones(1, 1, 16, 16)
+    near, away = weight.clone(), weight.clone()
+    near[..., :8, :8] = 5
+    away[..., 8:, 8:] = 5
+    plain = laplacian_l1(x, y, weight=weight)
+    torch.testing.assert_close(plain, laplacian_l1(x, y))
+    assert laplacian_l1(x, y, weight=near) > 2 * plain and laplacian_l1(x, y, weight=away) < 1.6 * plain
+
+
+def test_equal_pictures_cost_nothing() -> None:
+    image, alpha = torch.rand(2, 3, 16, 16), torch.rand(2, 1, 16, 16)
+    smooth = torch.full_like(image, 0.2)
+    losses = picture_losses(rendering(smooth, torch.ones_like(alpha)), PictureTarget(image=smooth, alpha=torch.ones_like(alpha)))
+    assert losses.keys() == {"image", "detail", "alpha", "raw"}
+    assert all(value.abs() < 1e-6 for value in losses.values())
+
+
+def test_each_loss_sees_its_own_difference() -> None:
+    image, alpha = torch.zeros(1, 3, 16, 16), torch.full((1, 1, 16, 16), 0.5)
+    brighter = picture_losses(rendering(image + 0.2, alpha), PictureTarget(image=image, alpha=alpha))
+    assert {name: round(value.item(), 5) for name, value in brighter.items()} == {"image": 0.2, "detail": 0.2, "alpha": 0.0, "raw": 0.2}
+    denser = picture_losses(rendering(image, alpha + 0.1), PictureTarget(image=image, alpha=alpha))
+    assert {name: round(value.item(), 5) for name, value in denser.items()} == {"image": 0.0, "detail": 0.0, "alpha": 0.2, "raw": 0.0}
+    heavier = picture_losses(rendering(image + 0.2, alpha), PictureTarget(image=image, alpha=alpha), torch.full((1, 1, 16, 16), 3.0))
+    assert heavier["image"].item() == pytest.approx(0.6) and heavier["raw"].item() == pytest.approx(0.2)
+
+
+def test_losses_do_not_depend_on_size_or_batch() -> None:
+    def losses(batch: int, side: int) -> dict[str, float]:
+        image, alpha = torch.zeros(batch, 3, side, side), torch.ones(batch, 1, side, side)
+        found = picture_losses(rendering(image + 0.25, alpha), PictureTarget(image=image, alpha=alpha))
+        return {name: round(value.item(), 5) for name, value in found.items()}
+
+    assert losses(1, 16) == losses(3, 32)
+
+
+def test_density_variation_is_zero_for_flat_planes_and_grows_with_roughness() -> None:
+    renderer = TriplaneRenderer(TINY.renderer)
+    planes = torch.randn(2, 3, 4, 32, 32)
+
+    def variation(scale: float) -> float:
+        triplane = Triplane(planes=scale * planes, axes="fixed")
+        return density_variation(renderer, triplane, torch.Generator().manual_seed(0)).item()
+
+    flat, gentle, rough = variation(0.0), variation(0.1), variation(1.0)
+    assert flat == 0 and 0 < gentle < rough
+    assert variation(1.0) == rough
+
+
+def test_weighted_sum_multiplies_and_misses_nothing() -> None:
+    terms = {"a": torch.tensor(2.0), "b": torch.tensor(3.0)}
+    assert weighted_sum(terms, {"a": 0.5, "b": 2.0, "unused": 9.0}).item() == 7
+    with pytest.raises(KeyError):
+        weighted_sum(terms, {"a": 1.0})
