@@ -1,0 +1,101 @@
+"""Clips written and read back bit for bit, and refused in one line when something is wrong."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from talk3d.errors import MediaError, ShapeError
+from talk3d.io.clips import load_clip, save_clip
+from talk3d.ops.geometry import head_camera
+from talk3d.types import AudioFeatures, Clip, FaceMasks, FaceTrack, Waveform
+
+
+def make_clip(count: int = 6) -> Clip:
+    generator = torch.Generator().manual_seed(0)
+    rng = np.random.default_rng(0)
+    track = FaceTrack(
+        cameras=head_camera(0.1 * torch.randn(count, 3, generator=generator)),
+        head_pose=torch.randn(count, 3, generator=generator),
+        landmarks=torch.randn(count, 468, 2, generator=generator),
+        anchors=torch.randn(count, 6, generator=generator),
+        blink=torch.rand(count, 1, generator=generator),
+        confidence=torch.ones(count, 1),
+        crop=rng.normal(size=(count, 2, 3)),
+    )
+    return Clip(
+        frames=rng.integers(0, 255, (count, 8, 8, 3), dtype=np.uint8),
+        fps=25.0,
+        waveform=Waveform(samples=torch.randn(count * 640, generator=generator).clamp(-1, 1), sample_rate_hz=16000),
+        audio=AudioFeatures(values=torch.randn(count, 16, 64, generator=generator), fps=25.0, source="logmel64"),
+        track=track,
+        masks=FaceMasks(person=rng.integers(0, 255, (count, 8, 8), dtype=np.uint8), source="drawn"),
+        source="päth/of a video.mp4",
+        source_sha256="0" * 64,
+        num_training_frames=count - 1,
+        check={"warnings": ["quiet"], "true_fps": 24.99},
+    )
+
+
+def test_everything_comes_back_as_it_was(tmp_path: Path):
+    clip = make_clip()
+    clip.save(tmp_path / "one.clip")
+    again = load_clip(tmp_path / "one.clip")
+    assert np.array_equal(again.frames, clip.frames)
+    assert isinstance(again.frames, np.memmap)
+    assert np.array_equal(again.masks.person, clip.masks.person)
+    assert np.array_equal(again.track.crop, clip.track.crop)
+    assert again.track.crop.dtype == np.float64
+    for name in ("head_pose", "landmarks", "anchors", "blink", "confidence"):
+        assert torch.equal(getattr(again.track, name), getattr(clip.track, name))
+    assert torch.equal(again.track.cameras.to_label(), clip.track.cameras.to_label())
+    assert torch.equal(again.audio.values, clip.audio.values)
+    assert torch.equal(again.waveform.samples, clip.waveform.samples)
+    for name in ("fps", "source", "source_sha256", "num_training_frames", "check"):
+        assert getattr(again, name) == getattr(clip, name)
+    assert (again.audio.source, again.masks.source) == ("logmel64", "drawn")
+    assert [path.name for path in tmp_path.iterdir()] == ["one.clip"]
+
+
+def test_a_clip_is_replaced_even_by_itself_and_nothing_else_is(tmp_path: Path):
+    save_clip(make_clip(), tmp_path / "one")
+    loaded = load_clip(tmp_path / "one")
+    save_clip(replace(loaded, num_training_frames=2), tmp_path / "one")
+    assert load_clip(tmp_path / "one").num_training_frames == 2
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").write_text("keep")
+    with pytest.raises(MediaError, match="not a clip"):
+        save_clip(make_clip(), tmp_path / "mine")
+    assert (tmp_path / "mine" / "letter.txt").read_text() == "keep"
+
+
+def test_what_is_missing_damaged_or_newer_is_refused_in_one_line(tmp_path: Path):
+    with pytest.raises(MediaError, match="is not a clip"):
+        load_clip(tmp_path)
+    save_clip(make_clip(), tmp_path / "clip")
+    facts = json.loads((tmp_path / "clip" / "clip.json").read_text())
+    (tmp_path / "clip" / "clip.json").write_text(json.dumps({**facts, "format": 99}))
+    with pytest.raises(MediaError, match="newer"):
+        load_clip(tmp_path / "clip")
+    (tmp_path / "clip" / "clip.json").write_text("{")
+    with pytest.raises(MediaError, match="damaged"):
+        load_clip(tmp_path / "clip")
+    (tmp_path / "clip" / "clip.json").write_text(json.dumps(facts))
+    (tmp_path / "clip" / "track.safetensors").write_bytes(b"short")
+    with pytest.raises(MediaError, match="damaged") as caught:
+        load_clip(tmp_path / "clip")
+    assert "\n" not in str(caught.value)
+    save_clip(make_clip(), tmp_path / "other")
+    np.save(tmp_path / "other" / "frames.npy", np.zeros((3, 8, 8, 3), np.uint8))
+    with pytest.raises(ShapeError, match="as many"):
+        load_clip(tmp_path / "other")
+
+
+def test_an_unwritable_place_is_an_error_and_leaves_nothing(tmp_path: Path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(MediaError, match="cannot write"):
+        save_clip(make_clip(), tmp_path / "file" / "clip")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -1,0 +1,181 @@
+"""Tracking a rendered person whose cameras are known, and videos that cannot be tracked."""
+
+from collections.abc import Callable, Iterable
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from talk3d.errors import MediaError, TrackingError, WeightsError
+from talk3d.io.clips import load_clip
+from talk3d.io.media import VideoWriter, read_audio, read_video
+from talk3d.ops.geometry import fit_similarity, head_camera, project, view_angles
+from talk3d.perception.headpose import load_template, solve_head_pose
+from talk3d.perception.landmarks import RegistryFaceModel
+from talk3d.stages import track as tracking
+from talk3d.types import Clip, Waveform
+
+NUM_FRAMES = 75
+
+
+@pytest.fixture(scope="module")
+def person(shared: Path) -> Path:
+    try:
+        RegistryFaceModel()
+    except WeightsError as error:
+        pytest.skip(f"the face models are neither cached nor to be had: {error}")
+    return shared / "data" / "clips" / "person_11"
+
+
+@pytest.fixture(scope="module")
+def film(person: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Write a film of the person's first frames, changed by a function."""
+    frames = list(islice(read_video(person / "video.mp4"), NUM_FRAMES))
+    sound = read_audio(person / "video.mp4")
+
+    def write(change: Callable[[list[np.ndarray]], Iterable[np.ndarray]] = list, audio: Waveform | None = sound) -> Path:
+        path = tmp_path_factory.mktemp("film") / "film.mp4"
+        pictures = list(change(frames))
+        height, width = pictures[0].shape[:2]
+        with VideoWriter(path, width, height, audio=audio) as writer:
+            for picture in pictures:
+                writer.write(picture)
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="module")
+def clip(film: Callable[..., Path]) -> Clip:
+    return tracking.track(film())
+
+
+def test_a_clip_holds_every_frame_and_its_split(clip: Clip):
+    assert clip.num_frames == NUM_FRAMES
+    assert clip.num_training_frames == NUM_FRAMES - NUM_FRAMES // 5
+    assert clip.frames.shape == (NUM_FRAMES, 256, 256, 3)
+    assert clip.masks.person.shape == (NUM_FRAMES, 256, 256)
+    assert clip.waveform.samples.shape[0] == NUM_FRAMES * 640
+    assert clip.audio.values.shape == (NUM_FRAMES, 16, 64)
+    assert len(clip.source_sha256) == 64
+    assert clip.check["duplicates"] == clip.check["missed_frames"] == 0
+    assert clip.check["landmarks"].startswith("models of mediapipe") or clip.check["landmarks"] == "face_landmarker.task"
+    assert any("short" in warning for warning in clip.check["warnings"])
+
+
+def test_cameras_have_the_priors_focal_length_and_distance_and_look_at_the_head(clip: Clip):
+    cameras = clip.track.cameras
+    assert torch.allclose(cameras.intrinsics[:, 0, 0], torch.tensor(4.2647))
+    pivot = torch.tensor([[0.0, 0.0, 0.2]])
+    assert (cameras.cam2world[:, :3, 3] - pivot).norm(dim=-1).mean() == pytest.approx(2.7, abs=0.02)
+    assert (project(pivot.expand(NUM_FRAMES, 1, 3), cameras) - 0.5).abs().max() < 1e-3
+
+
+def test_cameras_follow_the_truth_and_points_lie_on_the_projected_head(clip: Clip, person: Path):
+    with np.load(person / "truth.npz") as truth:
+        expected = torch.from_numpy(truth["cam2head"][:NUM_FRAMES, :16]).reshape(-1, 4, 4)[:, :3, :3]
+    found = clip.track.cameras.cam2world[:, :3, :3]
+    _, turn, _ = fit_similarity(found.mT.reshape(-1, 3), expected.mT.reshape(-1, 3), with_scale=False)
+    error = torch.rad2deg(view_angles(turn @ found) - view_angles(expected)).abs().mean(0)
+    assert error.max() < 1.0
+    mean_head = project(load_template().points[None].expand(NUM_FRAMES, -1, -1), clip.track.cameras) * 256
+    corners = [33, 133, 362, 263, 168, 1]
+    assert (mean_head[:, corners] - clip.track.landmarks[:, corners]).norm(dim=-1).median() < 6
+    assert torch.equal(clip.track.head_pose, view_angles(found.double()).float()) or torch.allclose(
+        clip.track.head_pose, view_angles(found), atol=1e-4
+    )
+
+
+def test_the_crop_map_cuts_what_it_says(clip: Clip, person: Path):
+    frame = next(read_video(person / "video.mp4")).astype(float)
+    scale, _, left = clip.track.crop[0, 0]
+    top = clip.track.crop[0, 1, 2]
+    rows, columns = np.meshgrid(np.arange(40, 216, 8), np.arange(40, 216, 8), indexing="ij")
+    source_rows, source_columns = ((rows + 0.5 - top) / scale).astype(int), ((columns + 0.5 - left) / scale).astype(int)
+    difference = clip.frames[0][rows, columns].astype(float) - frame[source_rows, source_columns]
+    assert np.abs(difference).mean() < 6
+    assert np.abs(difference.mean()) < 2
+
+
+def test_talking_does_not_move_the_crop():
+    template = load_template()
+    angles = torch.zeros(100, 3, dtype=torch.float64)
+    angles[:, 0] = 0.1 * (0.1 * torch.arange(100)).sin()
+    still = project(template.points.double().expand(100, -1, -1), head_camera(angles)) * 500
+    jaw = still.clone()
+    lower = (template.points[:, 1] < -0.06).nonzero()[:, 0]
+    jaw[:, lower, 1] += 18 * (0.7 * torch.arange(100)).sin().abs()[:, None]
+    maps = [tracking._crop_maps(solve_head_pose(points.float(), template, (500, 500)), (500, 500), 256) for points in (still, jaw)]
+    assert np.abs(maps[0] - maps[1])[:, :, 2].max() < 0.3
+
+
+def test_crops_beyond_the_frame_repeat_its_edge():
+    frame = np.full((50, 60, 3), 10, np.uint8)
+    frame[:, -1] = 200
+    crop = np.array([[1.0, 0, 0], [0, 1.0, 0]])
+    picture = tracking.crop_picture(frame, crop, 80)
+    assert picture.shape == (80, 80, 3)
+    assert picture[20, 70].tolist() == [200] * 3
+    assert picture[70, 20].tolist() == [10] * 3
+
+
+def test_the_same_video_twice_gives_the_same_clip_also_through_disk(film: Callable[..., Path], tmp_path: Path):
+    path = film(lambda frames: frames[:30])
+    heard: list[tuple[str, int, int]] = []
+    first = tracking.track(path, progress=lambda stage, step, total, values: heard.append((stage, step, total)))
+    second = tracking.track(path)
+    first.save(tmp_path / "clip")
+    loaded = load_clip(tmp_path / "clip")
+    for other in (second, loaded):
+        assert np.array_equal(first.frames, other.frames)
+        assert np.array_equal(first.masks.person, other.masks.person)
+        assert torch.equal(first.track.cameras.to_label(), other.track.cameras.to_label())
+        assert torch.equal(first.track.landmarks, other.track.landmarks)
+        assert dict(first.check) == dict(other.check)
+    assert heard[29] == ("faces", 30, 30)
+    assert heard[-1] == ("crops", 30, 30)
+
+
+def test_missed_frames_are_bridged_and_noted(film: Callable[..., Path]):
+    def hide(frames: list[np.ndarray]) -> list[np.ndarray]:
+        hidden = [frame.copy() for frame in frames[:50]]
+        for frame in hidden[20:25]:
+            frame[:] = 90
+        return hidden
+
+    clip = tracking.track(film(hide))
+    assert clip.num_frames == 50
+    assert clip.check["missed_frames"] == 5
+    assert clip.track.confidence[20:25].max() == 0
+    assert clip.track.confidence[:20].min() > 0.5
+
+
+def test_a_long_gap_ends_the_stretch_that_is_used(film: Callable[..., Path]):
+    clip = tracking.track(film(lambda frames: [*[np.zeros_like(frames[0])] * 30, *frames[30:70]]))
+    assert clip.num_frames == 40
+    assert clip.check["first_frame"] == 30
+    assert any("left out" in warning for warning in clip.check["warnings"])
+
+
+def test_silence_is_a_warning(film: Callable[..., Path]):
+    clip = tracking.track(film(lambda frames: frames[:30], Waveform(samples=torch.zeros(48000), sample_rate_hz=16000)))
+    assert any("silent" in warning for warning in clip.check["warnings"])
+    assert (clip.audio.values == -1).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "audio", "kind", "message"),
+    [
+        (lambda frames: [np.full((128, 128, 3), value, np.uint8) for value in range(50)], True, TrackingError, "no face"),
+        (lambda frames: [np.concatenate([frame, frame], 1) for frame in frames[:30]], True, TrackingError, "faces of similar size"),
+        (lambda frames: frames[:20], True, MediaError, "long"),
+        (lambda frames: frames[:30], False, MediaError, "no sound track"),
+    ],
+)
+def test_what_cannot_be_tracked_is_refused_in_one_line(film: Callable[..., Path], change, audio: bool, kind: type[Exception], message: str):
+    path = film(change) if audio else film(change, None)
+    with pytest.raises(kind, match=message) as caught:
+        tracking.track(path)
+    assert "\n" not in str(caught.value)
