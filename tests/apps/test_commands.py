@@ -1,9 +1,12 @@
+import wave
 from pathlib import Path
 
+import av
 import pytest
 import torch
 
-from talk3d.apps import commands
+from talk3d.apps import commands, doctor
+from talk3d.apps.cli import main
 from talk3d.errors import ConfigError
 
 
@@ -40,3 +43,23 @@ def test_outputs_replace_only_their_own_kind(tmp_path: Path) -> None:
         commands.check_output(tmp_path / "clip")
     with pytest.raises(ConfigError, match="something else"):
         commands.check_output(tmp_path / "person.t3d", folder_with="clip.json")
+
+
+def test_the_demo_is_a_film_with_sound_and_says_what_to_try_next(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short = tmp_path / "short.wav"
+    with wave.open(str(short), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(16000)
+        file.writeframes(b"\x00\x08\x00\xf8" * 3200)
+    assert doctor.asset("sample_sentence.flac").is_file()
+    monkeypatch.setattr(doctor, "asset", lambda name: short)
+    assert main(["demo", "-o", str(tmp_path / "demo.mp4")]) == 0
+    with av.open(str(tmp_path / "demo.mp4")) as film:
+        picture, sound = film.streams.video[0], film.streams.audio[0]
+        assert (picture.codec_context.name, picture.width, picture.height, picture.average_rate) == ("h264", 256, 256, 25)
+        assert sound.codec_context.name == "aac"
+        assert sum(1 for _ in film.decode(picture)) == 10
+    assert capsys.readouterr().out.count("  talk3d ") == 3
