@@ -28,7 +28,7 @@ TINY = GeneratorConfig(
 
 TINY_AVATAR = AvatarConfig(
     conditioning=ConditioningConfig(token_width=16),
-    deltaplane=DeltaplaneConfig(plane_channels=4, plane_resolution=32, widths=(8, 8, 16), head_width=8, token_width=16, num_blocks=2),
+    deltaplane=DeltaplaneConfig(plane_channels=4, plane_resolution=32, widths=(8, 8, 16), head_width=8, token_width=16, num_bases=14),
 )
 
 BUILTIN256 = GeneratorConfig(
@@ -48,11 +48,6 @@ BUILTIN256 = GeneratorConfig(
         depth_resolution_importance=16,
         superresolution=SuperresolutionConfig(input_side=64, channels=(32, 16), matte=True),
     ),
-)
-
-BUILTIN256_AVATAR = AvatarConfig(
-    conditioning=ConditioningConfig(),
-    deltaplane=DeltaplaneConfig(plane_channels=24, plane_resolution=128, widths=(24, 48, 64), head_width=32),
 )
 
 FFHQ512 = GeneratorConfig()

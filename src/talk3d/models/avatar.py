@@ -90,7 +90,9 @@ class AvatarConfig:
     """Sizes of the talking part."""
 
     conditioning: ConditioningConfig
+    """The encoders of the tokens."""
     deltaplane: DeltaplaneConfig
+    """The U-Net and the linear bases."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +160,7 @@ class Avatar(nn.Module):
             prefix = self.predictor.prepare(self.personalized.triplane)
         if not self.training and not torch.is_grad_enabled():
             self._prefix = prefix
-        return self.predictor.predict(prefix, self.conditioner(driving, generator))
+        return self.predictor.predict(prefix, self.conditioner(driving, generator), self.conditioner.coefficients(driving))
 
     def render(self, driving: Driving, camera: Camera) -> Rendering:
         """Render b frames as their cameras see them, deterministically."""

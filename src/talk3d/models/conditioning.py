@@ -28,8 +28,15 @@ class ConditioningConfig:
     """Octaves of the positional code of the landmarks."""
     token_width: int = 64
     """Width of a token."""
+    mouth_shapes: int = 8
+    """Principal components of the mouth's shape that are read off the audio token."""
     drop_rate: float = 0.1
     """How often, in training, each token but the audio's is replaced by the null token."""
+
+    @property
+    def num_coefficients(self) -> int:
+        """Weights of the linear bases: mouth shapes, blink, three angles, two coordinates."""
+        return self.mouth_shapes + 6
 
 
 class AudioNet(nn.Module):
@@ -73,6 +80,9 @@ class PositionalMLP(nn.Module):
         self.octaves = octaves
         self.in_layer = nn.Linear(in_features * (2 * octaves + 1), width)
         self.mlp_layers = nn.ModuleList([nn.Linear(width, width) for _ in range(2)])
+        for layer in (self.in_layer, *self.mlp_layers):  # keeps the variance, so that the token tells its input from the first step
+            nn.init.kaiming_normal_(layer.weight)
+            nn.init.zeros_(layer.bias)
 
     def forward(self, x: Float[Tensor, "b i"]) -> Float[Tensor, "b d"]:
         """Encode vectors."""
@@ -84,7 +94,7 @@ class PositionalMLP(nn.Module):
 
 
 class Conditioner(nn.Module):
-    """Encodes what drives a frame into tokens [audio, blink, null, rotation, landmarks]."""
+    """Encodes what drives a frame into tokens [audio, blink, null, rotation, landmarks], and into the weights of the linear bases."""
 
     def __init__(self, config: ConditioningConfig) -> None:
         super().__init__()
@@ -95,12 +105,18 @@ class Conditioner(nn.Module):
         self.blink_encoder = PositionalMLP(1, config.blink_octaves, width)
         self.rotation_encoder = PositionalMLP(3, config.pose_octaves, width)
         self.landmark_encoder = PositionalMLP(6, config.anchor_octaves, width)
+        self.mouth_head = nn.Linear(width, config.mouth_shapes)
         self.null_vector = nn.Parameter(torch.randn(1, 1, width))
 
     def audio_token(self, windows: Float[Tensor, "b n f w"]) -> Float[Tensor, "b d"]:
         """Encode the speech features of b frames and their neighbours."""
         encoded = self.audio_net(windows.flatten(0, 1).transpose(1, 2))
         return self.audio_att_net(encoded.unflatten(0, windows.shape[:2]))
+
+    def coefficients(self, driving: Driving) -> Float[Tensor, "b k"]:
+        """Return the weights of the linear bases, of about unit size: mouth shapes heard in the sound, blink, head rotation, place in the picture."""
+        mouth = self.mouth_head(self.audio_token(driving.audio))
+        return torch.cat([mouth, 2 * driving.blink, 4 * driving.head_pose, 4 * driving.anchors[:, :2]], 1)
 
     def forward(self, driving: Driving, generator: torch.Generator | None = None) -> Float[Tensor, "b 5 d"]:
         """Encode b frames; `generator` (training) replaces tokens other than the audio's by the null token at the configured rate."""

@@ -4,7 +4,8 @@ All that sees only the identity planes comes first and is split off as `prepare`
 training step) and shared by all frames, exactly.
 
 Reference: Talk3D (arXiv 2403.20153), section 3.3. Ours differs from the release where that has defects: the output is linear and starts at
-zero, normalisation is by groups, and the roll-out follows the renderer's axes.
+zero, normalisation is by groups, the roll-out follows the renderer's axes, and linear bases (blendshapes of the planes) stand beside the U-Net:
+they learn the large motions in hundreds of steps, and the U-Net what is not linear.
 """
 
 import math
@@ -40,6 +41,8 @@ class DeltaplaneConfig:
     """Width of a condition token."""
     num_blocks: int = 2
     """Transformer blocks."""
+    num_bases: int = 0
+    """Linear bases beside the U-Net, at half the planes' resolution; the published networks have none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +105,8 @@ class DeltaplanePredictor(nn.Module):
             assert isinstance(layer, nn.Conv2d) and layer.bias is not None
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
+        side = config.plane_resolution // 2
+        self.bases = nn.Parameter(torch.zeros(config.num_bases, 3, c, side, side))
         self.register_buffer("scale", torch.ones([]))
         self.register_buffer("positions", _positions(third, config.plane_resolution // 8), persistent=False)
 
@@ -121,8 +126,8 @@ class DeltaplanePredictor(nn.Module):
         hidden, query = self._transformer[0].look_at_self(hidden)
         return DeltaplanePrefix(skips=(skips[0], skips[1]), bottom=x, hidden=hidden, query=query)
 
-    def predict(self, prefix: DeltaplanePrefix, tokens: Float[Tensor, "b k e"]) -> Triplane:
-        """Return the deltaplane of each set of tokens."""
+    def predict(self, prefix: DeltaplanePrefix, tokens: Float[Tensor, "b k e"], coefficients: Float[Tensor, "b m"]) -> Triplane:
+        """Return the deltaplane of each set of tokens and weights of the linear bases."""
         first, *others = self._transformer
         hidden = first.look_at_tokens(prefix.hidden, prefix.query, tokens)
         for block in others:
@@ -133,14 +138,15 @@ class DeltaplanePredictor(nn.Module):
             x = apply_per_slot(stage, roll_out(x))
             if skip is None:
                 x = apply_per_slot(self.out, x)  # linear and before the upsampling, which is linear too
+                x = x + (coefficients @ self.bases.flatten(1)).view(x.shape)
             x = _resample(upsample2, x)
             if skip is not None:
                 x = x + skip
         return Triplane(planes=x * self.scale, axes=self.config.plane_axes)
 
-    def forward(self, identity: Triplane, tokens: Float[Tensor, "b k e"]) -> Triplane:
+    def forward(self, identity: Triplane, tokens: Float[Tensor, "b k e"], coefficients: Float[Tensor, "b m"]) -> Triplane:
         """Return the deltaplanes for one person's identity planes."""
-        return self.predict(self.prepare(identity), tokens)
+        return self.predict(self.prepare(identity), tokens, coefficients)
 
 
 def _resample(how: Callable[[Tensor], Tensor], x: Float[Tensor, "b 3 c h w"]) -> Float[Tensor, "b 3 c i j"]:

@@ -35,11 +35,11 @@ class PersonalizeConfig:
     """Frames chosen from the training part, as different in pose, mouth and blink as can be."""
     frames_per_step: int = 2
     """Frames compared in one step."""
-    inversion_steps: int = 200
+    inversion_steps: int = 150
     """Steps of the search for the codes."""
-    inversion_rate: float = 0.03
+    inversion_rate: float = 0.05
     """Adam's learning rate of the codes."""
-    tuning_steps: int = 300
+    tuning_steps: int = 250
     """Steps of tuning the generator."""
     tuning_rate: float = 1e-3
     """Adam's learning rate of the generator at the start of tuning."""

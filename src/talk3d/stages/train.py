@@ -22,8 +22,8 @@ from talk3d.models.conditioning import ConditioningConfig
 from talk3d.models.deltaplane import DeltaplaneConfig
 from talk3d.models.renderer import RendererConfig
 from talk3d.stages.personalize import LOSS_WEIGHTS, face_emphasis
+from talk3d.training.listening import hearing_loss, mouth_shapes
 from talk3d.training.loop import Average, Loop
-from talk3d.training.listening import Listener, mouth_shapes
 from talk3d.training.losses import PictureTarget, picture_losses, premultiply, weighted_sum
 from talk3d.types import Clip, Driving, Progress, silent
 
@@ -32,7 +32,7 @@ from talk3d.types import Clip, Driving, Progress, silent
 class TrainConfig:
     """How long and how hard to train."""
 
-    steps: int = 2000
+    steps: int = 1200
     """Optimisation steps."""
     frames_per_step: int = 2
     """Frames rendered in one step."""
@@ -44,20 +44,18 @@ class TrainConfig:
     """Adam's rate in that lesson at the start; falls to zero."""
     listening_weight: float = 0.05
     """Of that lesson's error while training."""
-    learning_rate: float = 1.5e-3
-    """Adam's rate of conditioner and U-Net at the start; falls to a twentieth along a half cosine."""
+    learning_rate: float = 2e-3
+    """Adam's rate of conditioner, U-Net and linear bases at the start; falls to a twentieth along a half cosine."""
     renderer_rate: float = 4e-4
     """Adam's rate of decoder and super-resolution, with the same schedule; 0 leaves them as they are."""
     identity_rate: float = 2e-3
     """Adam's rate of the identity planes in units of their standard deviation, with the same schedule; 0 leaves them as they are."""
-    mouth_emphasis: float = 10.0
+    mouth_emphasis: float = 20.0
     """How much more a pixel of the mouth counts than one of the background."""
     face_emphasis: float = 3.0
     """How much more a pixel of the face counts."""
     audio_noise: float = 0.3
     """Standard deviation of the noise on speech features, in their units."""
-    delta_weight: float = 0.01
-    """Of the mean absolute value of the deltaplane."""
     average_decay: float = 0.99
     """Of the moving average of the weights, which is what is kept."""
 
@@ -71,14 +69,16 @@ def avatar_sizes(renderer: RendererConfig) -> AvatarConfig:
     """Sizes of the talking part that go with a person's planes: a U-Net as wide as the planes, and twice that inside."""
     channels = renderer.plane_channels
     head = 8 * max(1, channels // 6)
+    conditioning = ConditioningConfig()
     deltaplane = DeltaplaneConfig(
         plane_channels=channels,
         plane_resolution=renderer.plane_resolution,
         plane_axes=renderer.plane_axes,
         widths=(channels, 2 * channels, 2 * head),
         head_width=head,
+        num_bases=conditioning.num_coefficients,
     )
-    return AvatarConfig(conditioning=ConditioningConfig(), deltaplane=deltaplane)
+    return AvatarConfig(conditioning=conditioning, deltaplane=deltaplane)
 
 
 def train(
@@ -171,19 +171,15 @@ class _Lesson:
 
     def __init__(self, avatar: Avatar, clip: Clip, config: TrainConfig, *, device: str, seed: int) -> None:
         self.avatar, self.clip, self.config, self.device = avatar.train(), clip, config, device
-        self.shapes = mouth_shapes(clip.track.landmarks[: clip.num_training_frames])
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            self.listener = Listener(avatar.config.conditioning.token_width, len(self.shapes.importance)).to(device)
+        self.shapes = mouth_shapes(clip.track.landmarks[: clip.num_training_frames], avatar.config.conditioning.mouth_shapes)
         self.average = Average(avatar, config.average_decay)
-        self.modules: dict[str, nn.Module] = {"avatar": avatar, "average": self.average.module, "listener": self.listener}
-        self.scale = float(avatar.predictor.scale)
-        self.rates = (config.learning_rate, config.renderer_rate, config.identity_rate * self.scale)
+        self.modules: dict[str, nn.Module] = {"avatar": avatar, "average": self.average.module}
+        self.rates = (config.learning_rate, config.renderer_rate, config.identity_rate * float(avatar.predictor.scale))
         self.optimizer = torch.optim.Adam(
             [
-                {"params": [*avatar.conditioner.parameters(), *avatar.predictor.parameters(), *self.listener.parameters()], "lr": config.learning_rate},
-                {"params": list(avatar.personalized.renderer.parameters()), "lr": config.renderer_rate},
-                {"params": [avatar.personalized.identity], "lr": config.identity_rate},
+                {"params": [*avatar.conditioner.parameters(), *avatar.predictor.parameters()]},
+                {"params": list(avatar.personalized.renderer.parameters())},
+                {"params": [avatar.personalized.identity]},
             ],
             betas=(0.9, 0.99),
         )
@@ -191,8 +187,8 @@ class _Lesson:
 
     def listen(self, progress: Progress) -> None:
         """Teach the audio encoder to tell the shape of the mouth."""
-        config, parameters = self.config, [*self.avatar.conditioner.parameters(), *self.listener.parameters()]
-        optimizer = torch.optim.Adam(parameters, lr=config.listening_rate)
+        config = self.config
+        optimizer = torch.optim.Adam(self.avatar.conditioner.parameters(), lr=config.listening_rate)
         for number in range(config.listening_steps):
             optimizer.param_groups[0]["lr"] = config.listening_rate * (1 - number / config.listening_steps)
             loss = self._hear(config.listening_frames)
@@ -208,7 +204,7 @@ class _Lesson:
         frames = torch.randint(self.clip.num_training_frames, (count,), generator=choice)
         shape = (count, *self.clip.audio.around(frames[:1]).shape[1:])
         noise = self.config.audio_noise * torch.randn(shape, generator=choice)
-        return self.listener.loss(self.avatar.conditioner, self.clip.audio, self.shapes, frames, noise)
+        return hearing_loss(self.avatar.conditioner, self.clip.audio, self.shapes, frames, noise)
 
     def step(self, number: int) -> dict[str, Float[Tensor, ""]]:
         """Draw frames, predict their deltaplanes, render, compare, descend."""
@@ -222,8 +218,8 @@ class _Lesson:
         delta = self.avatar.deltaplane(self._driving(index), choice)
         person = self.avatar.personalized
         rendering = person.render(person.triplane + delta, clip.track.cameras[index].to(self.device), self.generators["rays"])
-        terms = picture_losses(rendering, target, emphasis) | {"delta": delta.planes.abs().mean() / self.scale, "mouth": self._hear(16)}
-        loss = weighted_sum(terms, LOSS_WEIGHTS | {"delta": config.delta_weight, "mouth": config.listening_weight})
+        terms = picture_losses(rendering, target, emphasis) | {"mouth": self._hear(16)}
+        loss = weighted_sum(terms, LOSS_WEIGHTS | {"mouth": config.listening_weight})
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(self.avatar.parameters(), 1.0)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from talk3d.models.conditioning import Conditioner
 from talk3d.ops.geometry import fit_similarity
@@ -39,26 +39,25 @@ def mouth_shapes(landmarks: Float[Tensor, "t n 2"], num_components: int = 8) -> 
     flat = mouth.flatten(1)
     centred = flat - flat.mean(0)
     left, spread, _ = torch.linalg.svd(centred, full_matrices=False)
+    values, weights = torch.zeros(len(flat), num_components), torch.zeros(num_components)
     count = min(num_components, len(spread))
-    return MouthShapes(values=left[:, :count] * len(flat) ** 0.5, importance=spread[:count] / spread[:count].sum())
+    values[:, :count], weights[:count] = left[:, :count] * len(flat) ** 0.5, spread[:count]
+    return MouthShapes(values=values, importance=weights / weights.sum().clamp(min=1e-9))
 
 
-class Listener(nn.Module):
-    """Reads the shape of the mouth off the audio token."""
+def hearing_loss(
+    conditioner: Conditioner, audio: AudioFeatures, shapes: MouthShapes, frames: Int[Tensor, " b"], noise: Float[Tensor, "b n f w"]
+) -> Float[Tensor, ""]:
+    """Mean square error of the mouth's components read off the audio tokens of these frames, weighted by importance.
 
-    def __init__(self, token_width: int, num_components: int) -> None:
-        super().__init__()
-        self.head = nn.Linear(token_width, num_components)
-
-    def loss(
-        self,
-        conditioner: Conditioner,
-        audio: AudioFeatures,
-        shapes: MouthShapes,
-        frames: Int[Tensor, " b"],
-        noise: Float[Tensor, "b n f w"],
-    ) -> Float[Tensor, ""]:
-        """Mean square error of the components, weighted by importance, for noisy features of these frames."""
-        token = conditioner.audio_token((audio.around(frames) + noise).to(self.head.weight))
-        error = (self.head(token) - shapes.values[frames].to(token)).square()
-        return (error * shapes.importance.to(token)).sum(1).mean()
+    Args:
+        conditioner: what listens.
+        audio: features of the clip.
+        shapes: what should be heard.
+        frames: which frames.
+        noise: added to their features.
+    """
+    weight = conditioner.mouth_head.weight
+    heard = conditioner.mouth_head(conditioner.audio_token((audio.around(frames) + noise).to(weight)))
+    error = (heard - shapes.values[frames].to(weight)).square()
+    return (error * shapes.importance.to(weight)).sum(1).mean()
