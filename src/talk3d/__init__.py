@@ -13,10 +13,10 @@ if TYPE_CHECKING:
     from talk3d.errors import Talk3DError as Talk3DError
     from talk3d.errors import TrackingError as TrackingError
     from talk3d.errors import WeightsError as WeightsError
-    from talk3d.io.avatars import load_avatar as load_avatar
-    from talk3d.io.avatars import load_person as load_person
-    from talk3d.io.avatars import load_prior as load_prior
     from talk3d.io.clips import load_clip as load_clip
+    from talk3d.io.weights import load_avatar as load_avatar
+    from talk3d.io.weights import load_person as load_person
+    from talk3d.io.weights import load_prior as load_prior
     from talk3d.ops.geometry import orbit as orbit
     from talk3d.stages.animate import animate as animate
     from talk3d.stages.evaluate import evaluate as evaluate
@@ -38,10 +38,10 @@ _HOMES = {
     "WeightsError": "talk3d.errors",
     "animate": "talk3d.stages.animate",
     "evaluate": "talk3d.stages.evaluate",
-    "load_avatar": "talk3d.io.avatars",
+    "load_avatar": "talk3d.io.weights",
     "load_clip": "talk3d.io.clips",
-    "load_person": "talk3d.io.avatars",
-    "load_prior": "talk3d.io.avatars",
+    "load_person": "talk3d.io.weights",
+    "load_prior": "talk3d.io.weights",
     "orbit": "talk3d.ops.geometry",
     "personalize": "talk3d.stages.personalize",
     "pretrain": "talk3d.stages.pretrain",

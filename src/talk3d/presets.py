@@ -4,8 +4,7 @@ from talk3d.models.avatar import AvatarConfig
 from talk3d.models.conditioning import ConditioningConfig
 from talk3d.models.deltaplane import DeltaplaneConfig
 from talk3d.models.generator import GeneratorConfig
-from talk3d.models.renderer import RendererConfig
-from talk3d.models.superresolution import SuperresolutionConfig
+from talk3d.models.renderer import RendererConfig, SuperresolutionConfig
 
 TINY = GeneratorConfig(
     z_dim=8,

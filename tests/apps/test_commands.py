@@ -54,7 +54,7 @@ def test_the_demo_is_a_film_with_sound_and_says_what_to_try_next(
         file.setsampwidth(2)
         file.setframerate(16000)
         file.writeframes(b"\x00\x08\x00\xf8" * 3200)
-    assert doctor.asset("sample_sentence.flac").is_file()
+    assert terminal.asset("sample_sentence.flac").is_file()
     monkeypatch.setattr(doctor, "asset", lambda name: short)
     assert main(["demo", "-o", str(tmp_path / "demo.mp4")]) == 0
     with av.open(str(tmp_path / "demo.mp4")) as film:

@@ -4,6 +4,8 @@ import logging
 import pytest
 from rich.console import Console
 
+from talk3d.apps import terminal
+from talk3d.apps.cli import main
 from talk3d.apps.terminal import Display, duration, note_findings, print_table
 
 
@@ -84,3 +86,20 @@ def test_tables_hold_their_cells(capsys: pytest.CaptureFixture[str]) -> None:
     print_table("report", ("metric", "value"), [("psnr", "31.2")])
     shown = capsys.readouterr().out
     assert all(word in shown for word in ("report", "metric", "psnr", "31.2"))
+
+
+def test_everything_is_looked_at(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor"]) == 0
+    shown = capsys.readouterr().out
+    for what in ("talk3d", "torch", "device", "ai-edge-litert", "libx264 yes", "face landmarks"):
+        assert what in shown
+
+
+def test_missing_packages_are_said_to_be_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(terminal, "PACKAGES", ("numpy", "no-such-package"))
+    assert "no-such-package missing" in dict(terminal.examine())["packages"]
+
+
+def test_unwanted_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(terminal, "UNWANTED", ("numpy",))
+    assert "never uses it" in dict(terminal.examine())["numpy"]

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from talk3d.models.generator import GeneratorConfig, TriplaneGenerator
-from talk3d.models.renderer import RendererConfig
-from talk3d.models.superresolution import SuperresolutionConfig
+from talk3d.models.renderer import RendererConfig, SuperresolutionConfig
 from talk3d.ops.geometry import head_camera
 from talk3d.presets import FFHQ512, TINY
 from talk3d.types import Camera, Triplane

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from talk3d.errors import ShapeError
-from talk3d.types import AudioFeatures, Camera, Clip, FaceMasks, FaceTrack, Waveform
+from talk3d.types import AudioFeatures, Camera, Clip, FaceMasks, FaceTrack, Progress, Waveform, silent
 
 T = 4
 
@@ -56,3 +56,9 @@ def test_images_are_in_minus_one_to_one_channels_first() -> None:
     assert images[0, :, 2, 3].tolist() == pytest.approx([1.0, -1.0, -0.6])
     assert images.min() == -1 and images.shape == (1, 3, 8, 8)
     assert torch.equal(matte, torch.ones(1, 1, 8, 8))
+
+
+def test_silence_is_a_progress() -> None:
+    listener: Progress = silent
+    listener("train", 1, 2, {"image": 0.5})
+    assert isinstance(silent, Progress)

@@ -110,8 +110,8 @@ def _track() -> Callable[..., None]:
 
 def _personalize() -> Callable[..., None]:
     from talk3d.apps.build import checkpoint_beside, remove_checkpoints
-    from talk3d.io.avatars import load_prior
     from talk3d.io.clips import load_clip
+    from talk3d.io.weights import load_prior
     from talk3d.stages.personalize import PersonalizeConfig, personalize
 
     defaults = PersonalizeConfig()
@@ -151,8 +151,8 @@ def _personalize() -> Callable[..., None]:
 
 def _train() -> Callable[..., None]:
     from talk3d.apps.build import checkpoint_beside, remove_checkpoints
-    from talk3d.io.avatars import load_person
     from talk3d.io.clips import load_clip
+    from talk3d.io.weights import load_person
     from talk3d.stages.train import TrainConfig, train
 
     defaults = TrainConfig()
@@ -270,7 +270,7 @@ def _pretrain() -> Callable[..., None]:
 
 
 def _animate() -> Callable[..., None]:
-    from talk3d.io.avatars import load_avatar
+    from talk3d.io.weights import load_avatar
     from talk3d.stages.animate import AnimateConfig, write_animation
 
     defaults = AnimateConfig()
@@ -299,8 +299,8 @@ def _animate() -> Callable[..., None]:
 
 
 def _evaluate() -> Callable[..., None]:
-    from talk3d.io.avatars import load_avatar
     from talk3d.io.clips import load_clip
+    from talk3d.io.weights import load_avatar
     from talk3d.stages.evaluate import EvaluateConfig, evaluate
 
     defaults = EvaluateConfig()
@@ -340,8 +340,8 @@ def _evaluate() -> Callable[..., None]:
 
 
 def _demo() -> Callable[..., None]:
-    from talk3d.apps.doctor import asset
-    from talk3d.io.avatars import load_avatar
+    from talk3d.apps.terminal import asset
+    from talk3d.io.weights import load_avatar
     from talk3d.stages.animate import AnimateConfig, write_animation
 
     def command(out: Output = Path("demo.mp4"), device: Device = "auto") -> None:
@@ -366,7 +366,7 @@ def _demo() -> Callable[..., None]:
 
 
 def _doctor() -> Callable[..., None]:
-    from talk3d.apps.doctor import examine
+    from talk3d.apps.terminal import examine
 
     def command() -> None:
         """Say what is installed, which device will be used, which models are there, and what is missing."""

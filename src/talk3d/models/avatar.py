@@ -32,7 +32,7 @@ class Prior(nn.Module):
 
     def save(self, path: str | Path) -> None:
         """Write one file, weights as float16."""
-        from talk3d.io.avatars import save_prior
+        from talk3d.io.weights import save_prior
 
         save_prior(self, Path(path))
 
@@ -80,7 +80,7 @@ class PersonalizedGenerator(nn.Module):
 
     def save(self, path: str | Path) -> None:
         """Write one file, weights as float16."""
-        from talk3d.io.avatars import save_person
+        from talk3d.io.weights import save_person
 
         save_person(self, Path(path))
 
@@ -168,6 +168,6 @@ class Avatar(nn.Module):
 
     def save(self, path: str | Path) -> None:
         """Write one file, weights as float16."""
-        from talk3d.io.avatars import save_avatar
+        from talk3d.io.weights import save_avatar
 
         save_avatar(self, Path(path))

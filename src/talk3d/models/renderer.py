@@ -13,11 +13,65 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from talk3d.models.layers import EqualLinear
-from talk3d.models.superresolution import Superresolution, SuperresolutionConfig
+from talk3d.models.stylegan2 import SynthesisBlock, resize_to
 from talk3d.ops.planes import project_points, sample_planes
 from talk3d.ops.rays import camera_rays, limit_to_occupied
 from talk3d.ops.volume import composite, importance_distances, segment_weights, stratified_distances
 from talk3d.types import Camera, PlaneAxes, Rays, Rendering, Triplane
+
+
+@dataclass(frozen=True, kw_only=True)
+class SuperresolutionConfig:
+    """Sizes of the two blocks."""
+
+    input_side: int = 128
+    """Features are resized to this many pixels a side first."""
+    channels: tuple[int, int] = (256, 128)
+    """Channels of the first and second block."""
+    up: tuple[bool, bool] = (True, True)
+    """Whether each block doubles the sides."""
+    matte: bool = False
+    """Also refine the opacity: a fourth image channel. The published models lack it; ours have it."""
+
+    @property
+    def output_side(self) -> int:
+        """Pixels a side of the picture that comes out."""
+        return self.input_side * 2 ** sum(self.up)
+
+
+class Superresolution(nn.Module):
+    """Two synthesis blocks over the rendered features, adding to the upsampled raw picture."""
+
+    def __init__(self, config: SuperresolutionConfig, *, feature_channels: int, w_dim: int) -> None:
+        super().__init__()
+        self.config = config
+        previous, side = feature_channels, config.input_side
+        for i, (channels, up) in enumerate(zip(config.channels, config.up, strict=True)):
+            side *= 2 if up else 1
+            block = SynthesisBlock(previous, channels, w_dim=w_dim, resolution=side, image_channels=4 if config.matte else 3, up=up)
+            setattr(self, f"block{i}", block)
+            previous = channels
+
+    def forward(
+        self, features: Float[Tensor, "b c h w"], alpha: Float[Tensor, "b 1 h w"], w: Float[Tensor, "b d"]
+    ) -> tuple[Float[Tensor, "b 3 H W"], Float[Tensor, "b 1 H W"]]:
+        """Return the picture in nominal [-1, 1] and the opacity in nominal [0, 1], both unclamped.
+
+        Args:
+            features: rendered features in [-1, 1]; the first three channels are the raw picture.
+            alpha: rendered opacity in [0, 1].
+            w: the last style row, which drives every layer; noise is off.
+        """
+        image = features[:, :3]
+        if self.config.matte:
+            image = torch.cat([image, 2 * alpha - 1], 1)
+        x, image = resize_to(features, self.config.input_side), resize_to(image, self.config.input_side)
+        ws = w[:, None].expand(-1, 3, -1)
+        for name in ("block0", "block1"):
+            x, image = getattr(self, name)(x, image, ws, noise=False)
+        if self.config.matte:
+            return image[:, :3], (image[:, 3:] + 1) / 2
+        return image, resize_to(alpha, image.shape[-1])
 
 
 @dataclass(frozen=True, kw_only=True)

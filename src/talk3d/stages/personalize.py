@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from talk3d.errors import ConfigError, TrackingError
-from talk3d.io.avatars import load_prior
+from talk3d.io.weights import load_prior
 from talk3d.models.avatar import PersonalizedGenerator, Prior
 from talk3d.models.generator import TriplaneGenerator
 from talk3d.ops.geometry import head_camera

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from talk3d.errors import ConfigError
-from talk3d.io.heads import HeadDataset, load_heads
+from talk3d.io.clips import HeadDataset, load_heads
 from talk3d.models.avatar import Prior
 from talk3d.models.generator import GeneratorConfig, TriplaneGenerator
 from talk3d.training.loop import Average, Loop

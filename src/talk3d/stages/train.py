@@ -22,9 +22,8 @@ from talk3d.models.conditioning import ConditioningConfig
 from talk3d.models.deltaplane import DeltaplaneConfig
 from talk3d.models.renderer import RendererConfig
 from talk3d.stages.personalize import LOSS_WEIGHTS, face_emphasis
-from talk3d.training.listening import hearing_loss, mouth_shapes
 from talk3d.training.loop import Average, Loop
-from talk3d.training.losses import PictureTarget, picture_losses, premultiply, weighted_sum
+from talk3d.training.losses import PictureTarget, hearing_loss, mouth_shapes, picture_losses, premultiply, weighted_sum
 from talk3d.types import Clip, Driving, Progress, silent
 
 

@@ -2,9 +2,8 @@
 
 from talk3d.types.audio import AudioFeatures, Waveform
 from talk3d.types.camera import Camera, Rays
-from talk3d.types.clip import Clip, Driving, Rendering
+from talk3d.types.clip import Clip, Driving, Progress, Rendering, silent
 from talk3d.types.face import FaceMasks, FaceTrack
-from talk3d.types.progress import Progress, silent
 from talk3d.types.triplane import PlaneAxes, Triplane
 
 __all__ = [

@@ -1,9 +1,9 @@
-"""A tracked video, what drives one frame, and what a renderer returns."""
+"""A tracked video, what drives one frame, what a renderer returns, and how long work reports where it is."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -106,3 +106,16 @@ class Clip:
         from talk3d.io.clips import save_clip
 
         save_clip(self, Path(path))
+
+
+@runtime_checkable
+class Progress(Protocol):
+    """A listener that long-running stages call after every step."""
+
+    def __call__(self, stage: str, step: int, total: int, values: Mapping[str, float]) -> None:
+        """Hear that `step` of `total` (0: unknown) of `stage` is done; `values` are current losses or counts."""
+        ...
+
+
+def silent(stage: str, step: int, total: int, values: Mapping[str, float]) -> None:
+    """Listen to nothing: the default `Progress`."""
