@@ -4,10 +4,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from talk3d.models.conditioning import Conditioner, ConditioningConfig
 from talk3d.models.renderer import TriplaneRenderer
 from talk3d.presets import TINY
-from talk3d.training.losses import PictureTarget, density_variation, laplacian_l1, laplacian_pyramid, picture_losses, premultiply, weighted_sum
-from talk3d.types import Rendering, Triplane
+from talk3d.training.losses import (
+    MouthShapes,
+    PictureTarget,
+    density_variation,
+    hearing_loss,
+    laplacian_l1,
+    laplacian_pyramid,
+    mouth_shapes,
+    picture_losses,
+    premultiply,
+    weighted_sum,
+)
+from talk3d.types import AudioFeatures, Rendering, Triplane
 
 
 def rendering(image: torch.Tensor, alpha: torch.Tensor) -> Rendering:
@@ -95,3 +107,48 @@ def test_weighted_sum_multiplies_and_misses_nothing() -> None:
     assert weighted_sum(terms, {"a": 0.5, "b": 2.0, "unused": 9.0}).item() == 7
     with pytest.raises(KeyError):
         weighted_sum(terms, {"a": 1.0})
+
+
+def _talking_face(time: torch.Tensor, opening: torch.Tensor) -> torch.Tensor:
+    """A random face that turns in the picture plane, grows and wanders, while points of its mouth move by `opening` pixels."""
+    rest = 200 * torch.rand(468, 2, generator=torch.Generator().manual_seed(1))
+    points = rest.expand(len(time), -1, -1).clone()
+    points[:, [14, 17, 152], 1] += opening[:, None]
+    angle, size = 0.2 * torch.sin(1.3 * time), 1 + 0.1 * torch.cos(0.7 * time)
+    turn = torch.stack([torch.stack([angle.cos(), -angle.sin()], -1), torch.stack([angle.sin(), angle.cos()], -1)], -2)
+    return size[:, None, None] * points @ turn.mT + 20 * torch.stack([time.sin(), time.cos()], -1)[:, None]
+
+
+def test_mouth_shapes_follow_the_mouth_and_not_the_head() -> None:
+    time = torch.linspace(0, 20, 120)
+    opening = 10 * torch.sin(3.1 * time)
+    shapes = mouth_shapes(_talking_face(time, opening), 8)
+    first = shapes.values[:, 0]
+    assert abs(torch.corrcoef(torch.stack([first, opening]))[0, 1]) > 0.999
+    assert shapes.importance[0] > 0.95 and shapes.importance.sum() == pytest.approx(1)
+    assert first.square().mean() == pytest.approx(1, abs=1e-3)
+
+
+def test_few_frames_have_few_mouth_shapes_and_the_rest_are_zero() -> None:
+    time = torch.tensor([0.0, 1.0, 2.0])
+    shapes = mouth_shapes(_talking_face(time, 5 * time), 8)
+    assert shapes.values.shape == (3, 8) and bool((shapes.values[:, 3:] == 0).all()) and bool((shapes.importance[3:] == 0).all())
+
+
+def test_hearing_loss_is_the_weighted_square_error_and_falls_when_taught() -> None:
+    torch.manual_seed(0)
+    conditioner = Conditioner(ConditioningConfig(audio_channels=8, token_width=16, mouth_shapes=2))
+    audio = AudioFeatures(values=torch.randn(12, 16, 8), fps=25.0, source="test")
+    shapes = MouthShapes(values=torch.randn(12, 2), importance=torch.tensor([0.75, 0.25]))
+    frames, silence = torch.arange(12), torch.zeros(12, 8, 16, 8)
+    with torch.no_grad():
+        heard = conditioner.mouth_head(conditioner.audio_token(audio.around(frames)))
+        by_hand = sum(0.75 * (heard[i, 0] - shapes.values[i, 0]) ** 2 + 0.25 * (heard[i, 1] - shapes.values[i, 1]) ** 2 for i in range(12)) / 12
+    before = hearing_loss(conditioner, audio, shapes, frames, silence)
+    assert before.detach() == pytest.approx(float(by_hand), rel=1e-5)
+    optimizer = torch.optim.Adam(conditioner.parameters(), lr=3e-3)
+    for _ in range(60):
+        optimizer.zero_grad()
+        hearing_loss(conditioner, audio, shapes, frames, silence).backward()
+        optimizer.step()
+    assert hearing_loss(conditioner, audio, shapes, frames, silence) < 0.3 * before
