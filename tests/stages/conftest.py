@@ -1,16 +1,18 @@
 """An avatar whose pictures are known in closed form, so that what stands round the model can be tested by value."""
 
 from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from talk3d.models.avatar import Avatar, Performance, PersonalizedGenerator
+from talk3d.models.avatar import Avatar, Performance, PersonalizedGenerator, Prior
 from talk3d.models.generator import TriplaneGenerator
 from talk3d.ops.geometry import head_camera
 from talk3d.presets import TINY, TINY_AVATAR
-from talk3d.types import Camera, Driving, Rendering
+from talk3d.types import AudioFeatures, Camera, Clip, Driving, FaceMasks, FaceTrack, Rendering, Waveform
 
 NUM_PERFORMED = 5
 """Frames of its performance."""
@@ -100,3 +102,85 @@ def tiny_avatar() -> Avatar:
         for parameter in [*avatar.predictor.parameters(), *avatar.conditioner.parameters()]:
             torch.nn.init.normal_(parameter, std=0.2)
     return avatar.eval()
+
+
+def plate(side: int) -> torch.Tensor:
+    """The wall behind the person of `make_clip`: a smooth gradient, 3 h w in 0..255."""
+    ramp = torch.linspace(40, 200, side)
+    return torch.stack([ramp.expand(side, side), ramp[:, None].expand(side, side), torch.full((side, side), 90.0)])
+
+
+def make_clip(count: int = 16, side: int = 64, **changes: Any) -> Clip:
+    """A round person who sways, nods and opens a dark mouth as loud as the sound is; three quarters are for training."""
+    time = torch.arange(count, dtype=torch.float32)
+    opening = 0.5 - 0.5 * torch.cos(time)
+    scattered = torch.rand(468, 2, generator=torch.Generator().manual_seed(4))
+    landmarks = (0.35 + 0.3 * scattered).expand(count, 468, 2).clone()
+    for point, place in {
+        33: (0.38, 0.42),
+        133: (0.45, 0.42),
+        362: (0.55, 0.42),
+        263: (0.62, 0.42),
+        5: (0.5, 0.5),
+        9: (0.5, 0.36),
+        61: (0.44, 0.6),
+        291: (0.56, 0.6),
+    }.items():
+        landmarks[:, point] = torch.tensor(place)
+    for upper, lower, column in ((82, 87, 0.47), (13, 14, 0.5), (312, 317, 0.53)):
+        landmarks[:, [upper, lower]] = torch.tensor([column, 0.58])
+        landmarks[:, lower, 1] += 0.08 * opening
+    grid = (torch.arange(side) + 0.5) / side
+    rows, columns = torch.meshgrid(grid, grid, indexing="ij")
+    inside = (((columns - 0.5) ** 2 + (rows - 0.48) ** 2).sqrt() < 0.25).float()
+    texture = 12 * torch.sin(40 * columns) * torch.sin(40 * rows)
+    frames = []
+    for i in range(count):
+        skin = torch.stack([torch.full_like(rows, value) for value in (210.0, 150.0, 120.0)]) + texture
+        mouth = ((columns - 0.5).abs() < 0.05) & (rows > 0.58) & (rows < 0.58 + 0.08 * opening[i])
+        picture = torch.where(inside > 0, torch.where(mouth, torch.tensor(20.0), skin), plate(side))
+        frames.append(picture.permute(1, 2, 0).round().to(torch.uint8).numpy())
+    sound = torch.randn(count, 16, 64, generator=torch.Generator().manual_seed(5)) * 0.1 + opening[:, None, None]
+    angles = torch.stack([0.25 * torch.sin(0.7 * time), 0.1 * torch.cos(0.5 * time), 0 * time], -1)
+    fields: dict[str, Any] = {
+        "frames": np.stack(frames),
+        "fps": 25.0,
+        "waveform": Waveform(samples=torch.zeros(count * 640), sample_rate_hz=16000),
+        "audio": AudioFeatures(values=sound, fps=25.0, source="logmel64"),
+        "track": FaceTrack(
+            cameras=head_camera(angles),
+            head_pose=angles,
+            landmarks=landmarks * side,
+            anchors=torch.tensor([0.0, -0.1, 0.2, -0.2, -0.2, -0.2]).repeat(count, 1),
+            blink=(time % 7 == 3).float()[:, None],
+            confidence=torch.ones(count, 1),
+            crop=np.tile(np.eye(2, 3), (count, 1, 1)),
+        ),
+        "masks": FaceMasks(person=(255 * inside).to(torch.uint8).expand(count, side, side).numpy().copy(), source="test"),
+        "source": "nowhere.mp4",
+        "source_sha256": "a" * 64,
+        "num_training_frames": 3 * count // 4,
+    }
+    return Clip(**fields | changes)
+
+
+@pytest.fixture
+def clip() -> Clip:
+    """Sixteen frames of a person, of the size that TINY renders."""
+    return make_clip()
+
+
+@pytest.fixture
+def clip_of() -> Callable[..., Clip]:
+    """Make clips of a person with some fields changed."""
+    return make_clip
+
+
+@pytest.fixture
+def prior() -> Prior:
+    """A TINY prior that has learnt nothing."""
+    torch.manual_seed(11)
+    generator = TriplaneGenerator(TINY).eval()
+    ws = generator.mapping(torch.randn(200, TINY.z_dim))[:, 0]
+    generator.mapping_network.w_avg.copy_(ws.detach().mean(0))
+    return Prior(generator=generator, w_std=float(ws.detach().std(0).mean()), provenance={"dataset": "none"})

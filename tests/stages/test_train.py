@@ -1,0 +1,141 @@
+"""Training on a small synthetic clip: it lowers its losses, resumes exactly, and knows whose video it is."""
+
+import copy
+import dataclasses
+import os
+import signal
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from talk3d.errors import ConfigError, WeightsError
+from talk3d.models.avatar import Avatar, PersonalizedGenerator, Prior
+from talk3d.presets import BUILTIN256, TINY
+from talk3d.stages.train import TrainConfig, avatar_sizes, background_plate, train
+from talk3d.training.losses import premultiply
+from talk3d.types import Clip, FaceMasks
+
+SHORT = TrainConfig(steps=10, frames_per_step=2, listening_steps=3, listening_frames=4)
+
+
+@pytest.fixture
+def person(prior: Prior, clip: Clip) -> PersonalizedGenerator:
+    ws = prior.generator.mapping(torch.randn(1, 8))
+    return PersonalizedGenerator.from_generator(prior.generator, ws, {"source_sha256": clip.source_sha256})
+
+
+def test_the_talking_part_is_as_wide_as_the_planes() -> None:
+    large = avatar_sizes(BUILTIN256.renderer)
+    assert (large.deltaplane.plane_channels, large.deltaplane.plane_resolution, large.deltaplane.widths[0]) == (24, 128, 24)
+    assert large.deltaplane.token_width == large.conditioning.token_width
+    small = avatar_sizes(TINY.renderer).deltaplane
+    assert (small.plane_channels, small.plane_resolution, small.plane_axes) == (4, 32, "fixed")
+
+
+def error(avatar: Avatar, clip: Clip, frames: torch.Tensor) -> float:
+    with torch.no_grad():
+        return (avatar.render(clip.driving(frames), clip.track.cameras[frames]).image - premultiply(*clip.images(frames))).abs().mean().item()
+
+
+def test_it_learns_the_clip_and_listens(person: PersonalizedGenerator, clip: Clip) -> None:
+    heard: list[tuple[str, dict[str, float]]] = []
+
+    def listen(stage: str, step: int, total: int, values: Mapping[str, float]) -> None:
+        heard.append((stage, dict(values)))
+
+    frames = torch.arange(12)
+    plain = replace(SHORT, mouth_emphasis=0.0, face_emphasis=0.0, listening_steps=40, listening_frames=8)
+    config = replace(plain, steps=40, renderer_rate=1e-2, identity_rate=2e-2, average_decay=0.8)
+    untrained = train(copy.deepcopy(person), clip, replace(SHORT, steps=1, renderer_rate=0.0, identity_rate=0.0, learning_rate=0.0))
+    avatar = train(person, clip, config, progress=listen)
+    assert error(avatar, clip, frames) < 0.85 * error(untrained, clip, frames)
+    lesson = [values["mouth"] for stage, values in heard if stage == "listen"]
+    assert lesson[-1] < lesson[0]
+    losses = [values for stage, values in heard if stage == "train"]
+    assert losses[-1]["image"] < 0.85 * losses[0]["image"]
+    assert not avatar.training and avatar.resolution == 64 and (avatar.fps, avatar.audio_source) == (25.0, "logmel64")
+    assert avatar.provenance["source_sha256"] == clip.source_sha256 and avatar.provenance["frames"] == 12
+    driving = clip.driving(frames[:2])
+    louder = replace(driving, audio=driving.audio + 1)
+    with torch.no_grad():
+        assert not torch.allclose(avatar.deltaplane(driving).planes, avatar.deltaplane(louder).planes)
+
+
+def test_the_performance_is_the_training_part(person: PersonalizedGenerator, clip: Clip) -> None:
+    avatar = train(person, clip, replace(SHORT, steps=1))
+    performance = avatar.performance
+    assert performance.blink.equal(clip.track.blink[:12]) and performance.head_pose.equal(clip.track.head_pose[:12])
+    assert performance.anchors.equal(clip.track.anchors[:12]) and performance.cameras.cam2world.equal(clip.track.cameras.cam2world[:12])
+    assert avatar.background.equal(background_plate(clip))
+
+
+def test_held_out_frames_are_not_looked_at(person: PersonalizedGenerator, clip: Clip) -> None:
+    frames, config = clip.frames.copy(), replace(SHORT, steps=2)
+    frames[12:] = 255
+    one, other = (train(copy.deepcopy(person), c, config) for c in (clip, dataclasses.replace(clip, frames=frames)))
+    assert all(value.equal(other.state_dict()[name]) for name, value in one.state_dict().items())
+
+
+def test_rates_of_zero_leave_the_person_as_it_is(person: PersonalizedGenerator, clip: Clip) -> None:
+    before = {name: value.clone() for name, value in person.state_dict().items()}
+    avatar = train(person, clip, replace(SHORT, steps=4, renderer_rate=0.0, identity_rate=0.0))
+    for name, value in avatar.personalized.state_dict().items():
+        torch.testing.assert_close(value, before[name], msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_a_stopped_run_continues_exactly(person: PersonalizedGenerator, clip: Clip, tmp_path: Path) -> None:
+    whole = train(copy.deepcopy(person), clip, SHORT, seed=3)
+
+    def stop(stage: str, step: int, total: int, values: Mapping[str, float]) -> None:
+        if stage == "train" and step == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(copy.deepcopy(person), clip, SHORT, seed=3, progress=stop, checkpoint=tmp_path / "check")
+    resumed = train(copy.deepcopy(person), clip, SHORT, seed=3, checkpoint=tmp_path / "check")
+    for name, value in whole.state_dict().items():
+        assert resumed.state_dict()[name].equal(value), name
+
+
+def test_the_person_of_another_video_is_refused(person: PersonalizedGenerator, clip: Clip) -> None:
+    with pytest.raises(WeightsError, match="another video"):
+        train(person, dataclasses.replace(clip, source_sha256="b" * 64), SHORT)
+    with pytest.raises(ConfigError, match="positive numbers"):
+        TrainConfig(frames_per_step=0)
+
+
+def discs(side: int, centres: list[tuple[int, int]], radius: int) -> np.ndarray:
+    rows, columns = np.mgrid[:side, :side]
+    return np.stack([np.where((rows - y) ** 2 + (columns - x) ** 2 < radius**2, 255, 0).astype(np.uint8) for x, y in centres])
+
+
+def scene(clip_of: Callable[..., Clip], wall: np.ndarray, masks: np.ndarray) -> Clip:
+    frames = np.where(masks[..., None] > 0, np.uint8(250), wall[None]).astype(np.uint8)
+    return clip_of(len(masks), wall.shape[0], frames=frames, masks=FaceMasks(person=masks, source="test"), num_training_frames=len(masks))
+
+
+def test_the_wall_behind_a_moving_person_comes_back(clip_of: Callable[..., Clip]) -> None:
+    side = 64
+    wall = np.stack(np.broadcast_arrays(np.linspace(0, 255, side)[None], np.linspace(255, 0, side)[:, None], np.full((side, side), 77.0)), -1)
+    wall = wall.round().astype(np.uint8)
+    found = background_plate(scene(clip_of, wall, discs(side, [(14, 32), (50, 32), (32, 12), (32, 52)], 9)))
+    torch.testing.assert_close(found, torch.from_numpy(wall).permute(2, 0, 1).float() / 127.5 - 1, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("side", [64, 50])
+def test_what_was_never_uncovered_continues_smoothly(clip_of: Callable[..., Clip], side: int) -> None:
+    flat = background_plate(scene(clip_of, np.full((side, side, 3), 100, np.uint8), discs(side, [(side // 2, side // 2)] * 3, side // 4)))
+    torch.testing.assert_close(flat, torch.full((3, side, side), 100 / 127.5 - 1), atol=0.02, rtol=0)
+    ramp = np.broadcast_to(np.linspace(50, 200, side)[None, :, None], (side, side, 3)).round().astype(np.uint8)
+    found = background_plate(scene(clip_of, ramp, discs(side, [(side // 2, side // 2)] * 3, side // 4)))
+    torch.testing.assert_close(found, torch.from_numpy(ramp.copy()).permute(2, 0, 1).float() / 127.5 - 1, atol=0.35, rtol=0)
+    assert found.diff(dim=-1).abs().max() < 0.35
+
+
+def test_a_person_who_fills_the_picture_has_a_grey_wall(clip_of: Callable[..., Clip]) -> None:
+    found = background_plate(scene(clip_of, np.full((32, 32, 3), 9, np.uint8), np.full((3, 32, 32), 255, np.uint8)))
+    assert found.eq(0).all()
