@@ -79,8 +79,9 @@ class PositionalMLP(nn.Module):
         super().__init__()
         self.octaves = octaves
         self.in_layer = nn.Linear(in_features * (2 * octaves + 1), width)
-        self.mlp_layers = nn.ModuleList([nn.Linear(width, width) for _ in range(2)])
-        for layer in (self.in_layer, *self.mlp_layers):  # keeps the variance, so that the token tells its input from the first step
+        hidden = [nn.Linear(width, width) for _ in range(2)]
+        self.mlp_layers = nn.ModuleList(hidden)
+        for layer in (self.in_layer, *hidden):  # keeps the variance, so that the token tells its input from the first step
             nn.init.kaiming_normal_(layer.weight)
             nn.init.zeros_(layer.bias)
 

@@ -20,6 +20,7 @@ from talk3d.errors import ConfigError, TrackingError
 from talk3d.io.weights import load_prior
 from talk3d.models.avatar import PersonalizedGenerator, Prior
 from talk3d.models.generator import TriplaneGenerator
+from talk3d.models.stylegan2 import MappingNetwork
 from talk3d.ops.geometry import head_camera
 from talk3d.perception.landmarks import mouth_opening
 from talk3d.training.loop import Loop
@@ -188,6 +189,7 @@ class _Search:
         self.generator = copy.deepcopy(prior.generator).to(device).eval()
         self.reference = copy.deepcopy(self.generator).requires_grad_(False)
         mapping = self.generator.backbone["mapping"]
+        assert isinstance(mapping, MappingNetwork)
         self.codes = _Codes(mapping.w_avg.detach(), prior.w_std, len(chosen), self.generator.num_ws).to(device)
         image, alpha = clip.images(chosen)
         self.image, self.alpha = premultiply(image, alpha).to(device), alpha.to(device)
