@@ -5,7 +5,7 @@ import av
 import pytest
 import torch
 
-from talk3d.apps import commands, doctor
+from talk3d.apps import commands, terminal
 from talk3d.apps.cli import main
 from talk3d.errors import ConfigError
 
@@ -55,7 +55,7 @@ def test_the_demo_is_a_film_with_sound_and_says_what_to_try_next(
         file.setframerate(16000)
         file.writeframes(b"\x00\x08\x00\xf8" * 3200)
     assert terminal.asset("sample_sentence.flac").is_file()
-    monkeypatch.setattr(doctor, "asset", lambda name: short)
+    monkeypatch.setattr(terminal, "asset", lambda name: short)
     assert main(["demo", "-o", str(tmp_path / "demo.mp4")]) == 0
     with av.open(str(tmp_path / "demo.mp4")) as film:
         picture, sound = film.streams.video[0], film.streams.audio[0]

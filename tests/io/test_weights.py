@@ -327,3 +327,10 @@ def test_the_builtin_prior_is_a_head() -> None:
     alpha = rendering.raw_alpha[0, 0]
     assert alpha[12, 12] > 0.9 and alpha[0, 0] < 0.1  # solid in the middle, nothing in the corner
     assert 2.3 < rendering.depth[0, 0, 12, 12] < 2.9
+
+
+def test_headers_must_be_complete(tmp_path: Path) -> None:
+    path = tmp_path / "half.t3d"
+    save_tensors(path, {"x": torch.zeros(1)}, {"kind": "avatar", "config": {}, "fps": 25.0})
+    with pytest.raises(WeightsError, match="lacks audio_source, person, provenance, renderer"):
+        load_tensors(path, "avatar")

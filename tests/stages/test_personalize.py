@@ -127,3 +127,7 @@ def test_unfit_settings_and_checkpoints_are_refused(clip: Clip, prior: Prior, tm
     (tmp_path / "check").write_bytes(b"nothing")
     with pytest.raises(WeightsError, match="damaged"):
         personalize(clip, prior, SHORT, checkpoint=tmp_path / "check")
+
+
+def test_a_frame_is_never_chosen_twice_even_if_all_look_the_same(still: Clip) -> None:
+    assert len(set(choose_frames(still, 8).tolist())) == 8

@@ -80,7 +80,7 @@ def test_cameras_follow_the_truth_and_points_lie_on_the_projected_head(clip: Cli
     _, turn, _ = fit_similarity(found.mT.reshape(-1, 3), expected.mT.reshape(-1, 3), with_scale=False)
     error = torch.rad2deg(view_angles(turn @ found) - view_angles(expected)).abs().mean(0)
     assert error.max() < 1.0
-    mean_head = project(load_template().points[None].expand(NUM_FRAMES, -1, -1), clip.track.cameras) * 256
+    mean_head = project(load_template("registry").points[None].expand(NUM_FRAMES, -1, -1), clip.track.cameras) * 256
     corners = [33, 133, 362, 263, 168, 1]
     assert (mean_head[:, corners] - clip.track.landmarks[:, corners]).norm(dim=-1).median() < 6
     assert torch.equal(clip.track.head_pose, view_angles(found.double()).float()) or torch.allclose(
@@ -100,7 +100,7 @@ def test_the_crop_map_cuts_what_it_says(clip: Clip, person: Path):
 
 
 def test_talking_does_not_move_the_crop():
-    template = load_template()
+    template = load_template("registry")
     angles = torch.zeros(100, 3, dtype=torch.float64)
     angles[:, 0] = 0.1 * (0.1 * torch.arange(100)).sin()
     still = project(template.points.double().expand(100, -1, -1), head_camera(angles)) * 500

@@ -139,3 +139,9 @@ def test_what_was_never_uncovered_continues_smoothly(clip_of: Callable[..., Clip
 def test_a_person_who_fills_the_picture_has_a_grey_wall(clip_of: Callable[..., Clip]) -> None:
     found = background_plate(scene(clip_of, np.full((32, 32, 3), 9, np.uint8), np.full((3, 32, 32), 255, np.uint8)))
     assert found.eq(0).all()
+
+
+def test_the_given_person_stays_as_it_was(person: PersonalizedGenerator, clip: Clip) -> None:
+    before = {name: value.clone() for name, value in person.state_dict().items()}
+    train(person, clip, replace(SHORT, steps=2))
+    assert not person.training and all(bool((person.state_dict()[name] == value).all()) for name, value in before.items())

@@ -22,6 +22,14 @@ from talk3d.types import Camera
 
 C = TypeVar("C")
 
+HEADER_FIELDS = {
+    "prior": {"config", "w_std", "provenance"},
+    "person": {"config", "provenance"},
+    "avatar": {"renderer", "config", "audio_source", "fps", "person", "provenance"},
+    "checkpoint": {"step", "skeleton"},
+}
+"""What the header of each kind of file must hold."""
+
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
     """Write tensors and a JSON header as one safetensors file, under a temporary name until it is whole.
@@ -60,6 +68,9 @@ def load_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, An
     if not isinstance(header, dict) or header.get("kind") != kind:
         found = header.get("kind") if isinstance(header, dict) else None
         raise WeightsError(f"{path} holds {found or 'something else'}, expected a talk3d {kind}: give the file that makes a {kind}")
+    missing = sorted(HEADER_FIELDS.get(kind, set()) - header.keys())
+    if missing:
+        raise WeightsError(f"the header of {path} lacks {', '.join(missing)}: it was written by another program or version, make the {kind} again")
     return tensors, header
 
 

@@ -24,7 +24,7 @@ class Prior(nn.Module):
 
         Args:
             generator: the tri-plane generator.
-            w_std: root mean square distance of training people from the average w.
+            w_std: root mean square of one component of the training people's distance from the average w.
             provenance: how it was made.
         """
         super().__init__()

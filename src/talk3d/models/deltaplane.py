@@ -211,7 +211,8 @@ class DeltaplanePredictor(nn.Module):
             x = apply_per_slot(stage, roll_out(x))
             if skip is None:
                 x = apply_per_slot(self.out, x)  # linear and before the upsampling, which is linear too
-                x = x + (coefficients @ self.bases.flatten(1)).view(x.shape)
+                if len(self.bases):
+                    x = x + (coefficients @ self.bases.flatten(1)).view(x.shape)
             x = _resample(upsample2, x)
             if skip is not None:
                 x = x + skip

@@ -90,6 +90,7 @@ def choose_frames(clip: Clip, count: int) -> Int[Tensor, " k"]:
     chosen = [int((features - features.median(0).values).norm(dim=1).argmin())]
     distance = (features - features[chosen[0]]).norm(dim=1)
     while len(chosen) < count:
+        distance[chosen[-1]] = -1  # never again, even where all frames look the same
         chosen.append(int(distance.argmax()))
         distance = torch.minimum(distance, (features - features[chosen[-1]]).norm(dim=1))
     return usable[chosen]

@@ -6,6 +6,7 @@ picture becomes as sharp as the video.
 Reference: Talk3D (arXiv 2403.20153), section 3.4.
 """
 
+import copy
 import dataclasses
 import math
 from dataclasses import dataclass
@@ -129,7 +130,7 @@ def _new_avatar(person: PersonalizedGenerator, clip: Clip, config: TrainConfig, 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         avatar = Avatar(
-            personalized=person,
+            personalized=copy.deepcopy(person),
             config=avatar_sizes(person.renderer.renderer_config),
             performance=performance,
             background=background_plate(clip),
