@@ -1,5 +1,7 @@
 """The face models, or a skip that says what is missing."""
 
+from collections.abc import Callable
+from functools import cache
 from itertools import islice
 from pathlib import Path
 
@@ -39,12 +41,17 @@ def portrait(person: Path) -> np.ndarray:
     return next(read_video(person / "video.mp4"))
 
 
-@pytest.fixture(scope="session", params=["registry_model", "task_model"])
-def followed(request: pytest.FixtureRequest, person: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """Points and shut eyes of an invented person's first eight seconds, by each face model."""
-    tracker = FaceTracker(request.getfixturevalue(request.param))
-    seen = [tracker.follow(frame) for frame in islice(read_video(person / "video.mp4"), 200)]
-    assert all(seen)
-    assert max(tracker.crowd) == 1
-    points = torch.from_numpy(np.stack([face.landmarks for face in seen if face]))
-    return points, torch.tensor([face.eyes_shut for face in seen if face])
+@pytest.fixture(scope="session")
+def followed_by(request: pytest.FixtureRequest, person: Path) -> Callable[[str], tuple[torch.Tensor, torch.Tensor]]:
+    """Points and shut eyes of an invented person's first eight seconds, by a kind of face model."""
+
+    @cache
+    def follow(kind: str) -> tuple[torch.Tensor, torch.Tensor]:
+        tracker = FaceTracker(request.getfixturevalue(f"{kind}_model"))
+        seen = [tracker.follow(frame) for frame in islice(read_video(person / "video.mp4"), 200)]
+        assert all(seen)
+        assert max(tracker.crowd) == 1
+        points = torch.from_numpy(np.stack([face.landmarks for face in seen if face]))
+        return points, torch.tensor([face.eyes_shut for face in seen if face])
+
+    return follow

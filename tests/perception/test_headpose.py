@@ -20,8 +20,7 @@ def swinging(count: int = 200) -> torch.Tensor:
 
 
 def seen_by(cameras: Camera, template: hp.FaceTemplate, side_px: float, noise_px: float = 0.0) -> torch.Tensor:
-    pitch = view_angles(cameras.cam2world[:, :3, :3])[:, 1, None, None]
-    points = template.points.double() + pitch * template.slide.double()
+    points = template.points.double().expand(len(cameras), -1, -1)
     noise = noise_px * torch.randn(len(cameras), 468, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     return (project(points, cameras) * side_px + noise).float()
 
@@ -33,7 +32,7 @@ def offset_free_error_deg(found: torch.Tensor, truth: torch.Tensor) -> torch.Ten
 
 
 def test_exact_points_give_back_the_exact_cameras():
-    template = hp.load_template()
+    template = hp.load_template("registry")
     cameras = head_camera(swinging())
     motion = hp.solve_head_pose(seen_by(cameras, template, 500), template, (500, 500))
     assert motion.focal_px == pytest.approx(4.2647 * 500, rel=2e-3)
@@ -44,11 +43,11 @@ def test_exact_points_give_back_the_exact_cameras():
 
 
 def test_noise_a_stranger_and_a_speaking_mouth_do_not_turn_the_head():
-    template = hp.load_template()
+    template = hp.load_template("registry")
     generator = torch.Generator().manual_seed(1)
     stranger = hp.FaceTemplate(
         points=template.points * torch.tensor([1.05, 0.97, 1.0]) + 0.004 * torch.randn(468, 3, generator=generator),
-        slide=template.slide,
+        modes=template.modes,
         mirror=template.mirror,
     )
     cameras = head_camera(swinging())
@@ -59,11 +58,11 @@ def test_noise_a_stranger_and_a_speaking_mouth_do_not_turn_the_head():
     error = offset_free_error_deg(motion.cam2world()[:, :3, :3], cameras.cam2world[:, :3, :3])
     assert error.abs().mean(0).max() < 0.5
     jitter = torch.rad2deg(view_angles(motion.rotation.mT)).diff(n=2, dim=0).square().mean().sqrt()
-    assert jitter < 0.1
+    assert jitter < 0.25
 
 
 def test_a_head_beside_the_middle_keeps_the_geometry_of_the_whole_picture():
-    template = hp.load_template()
+    template = hp.load_template("registry")
     cameras = head_camera(swinging())
     intrinsics = cameras.intrinsics.clone()
     intrinsics[:, 0, 0] = intrinsics[:, 1, 1] = 4.0
@@ -76,7 +75,7 @@ def test_a_head_beside_the_middle_keeps_the_geometry_of_the_whole_picture():
 
 
 def test_unseen_frames_are_bridged_along_the_arc():
-    template = hp.load_template()
+    template = hp.load_template("registry")
     cameras = head_camera(swinging())
     points = seen_by(cameras, template, 500)
     seen = torch.ones(200, dtype=torch.bool)
@@ -102,36 +101,64 @@ def test_smoothing_has_no_delay_keeps_slow_nods_and_stops_at_cuts():
     assert np.abs(view_angles(blurred.mT)[:, 0].numpy() - expected).max() < 1e-6
 
 
-def test_template_and_slide_are_found_again_from_many_views():
-    template = hp.load_template()
+def views(count: int) -> Camera:
     generator = torch.Generator().manual_seed(2)
-    angles = torch.rand(150, 3, generator=generator, dtype=torch.float64) * torch.tensor([1.2, 0.6, 0.0]) - torch.tensor([0.6, 0.3, 0.0])
-    cameras = head_camera(angles)
+    return head_camera(torch.rand(count, 3, generator=generator, dtype=torch.float64) * torch.tensor([1.2, 0.6, 0.0]) - torch.tensor([0.6, 0.3, 0.0]))
+
+
+def test_a_template_is_found_again_from_many_views_though_some_are_wrong():
+    template = hp.load_template("registry")
+    cameras = views(150)
     points = seen_by(cameras, template, 1.0)
-    points[::10] += 0.1  # some pictures are wrong altogether
-    fitted = hp.fit_template_and_slide(points, cameras)
-    assert (fitted.points - template.points).norm(dim=-1).median() < 2e-3
-    assert (fitted.slide - template.slide)[:, 1].abs().median() < 5e-3
-    assert (hp.fit_template(points, cameras) - template.points).norm(dim=-1).median() < 2e-3
+    points[::10] += 0.1
+    assert (hp.fit_template(points, cameras) - template.points).norm(dim=-1).max() < 5e-3
+
+
+def test_error_modes_are_found_whoever_the_people_are_and_undone():
+    template = hp.load_template("registry")
+    cameras = views(200)
+    generator = torch.Generator().manual_seed(5)
+    mode = 0.01 * torch.randn(468, 2, generator=generator)
+    person = torch.arange(200) // 8
+    strayed = torch.randn(200, generator=generator)
+    own = 0.003 * torch.randn(25, 468, 2, generator=generator)
+    points = seen_by(cameras, template, 1.0) + (strayed[:, None, None] * mode + own[person]) * 4.2647 / 2.7
+    found = hp.fit_error_modes(points, cameras, person, template.points, num_modes=3)
+    assert torch.nn.functional.cosine_similarity(found[..., 0].flatten(), mode.flatten(), dim=0).abs() > 0.99
+    spread = torch.stack([group.var() for group in strayed.split(8)]).mean().sqrt()
+    assert found[..., 0].norm() == pytest.approx(float(mode.norm() * spread), rel=0.05)
+    assert found[..., 1].norm() < 0.1 * mode.norm()
+
+    lively = head_camera(swinging())
+    nod = torch.zeros(468, 2)
+    nod[:, 1] = 0.01 * template.points[:, 2] / 0.1  # looks like a nod, so only knowing the mode can undo it in part
+    puff = 0.01 * torch.randn(468, 2, generator=generator)
+    swayed = seen_by(lively, template, 500) + (0.3 * torch.arange(200)).sin()[:, None, None] * (nod + puff) * 500 * 4.2647 / 2.7
+    errors = []
+    for modes in (torch.zeros(468, 2, 1), (nod + puff)[..., None]):
+        knowing = hp.FaceTemplate(points=template.points, modes=modes, mirror=template.mirror)
+        motion = hp.solve_head_pose(swayed, knowing, (500, 500))
+        errors.append(offset_free_error_deg(motion.cam2world()[:, :3, :3], lively.cam2world[:, :3, :3]).abs().mean())
+    assert errors[1] < 0.3 * errors[0]
 
 
 def test_templates_are_saved_loaded_and_refused(tmp_path: Path):
-    template = hp.load_template()
-    hp.save_template(template, tmp_path / "face.safetensors")
-    again = hp.load_template(tmp_path / "face.safetensors")
-    assert torch.equal(again.points, template.points)
+    templates = {"task": hp.load_template("task"), "registry": hp.load_template("registry")}
+    hp.save_templates(templates, tmp_path / "face.safetensors")
+    again = hp.load_template("task", tmp_path / "face.safetensors")
+    assert torch.equal(again.points, templates["task"].points)
+    assert torch.equal(again.modes, templates["task"].modes)
     assert torch.equal(again.mirror[again.mirror], torch.arange(478))
     with pytest.raises(WeightsError, match="cannot be read"):
-        hp.load_template(tmp_path / "missing.safetensors")
+        hp.load_template("task", tmp_path / "missing.safetensors")
     with pytest.raises(ShapeError, match="468"):
-        hp.solve_head_pose(torch.zeros(5, 68, 2), template, (100, 100))
+        hp.solve_head_pose(torch.zeros(5, 68, 2), again, (100, 100))
 
 
-def test_the_cameras_of_a_rendered_person_are_found(followed, person: Path):
-    motion = hp.solve_head_pose(followed[0], hp.load_template(), (384, 384))
+@pytest.mark.parametrize("kind", ["registry", "task"])
+def test_the_cameras_of_a_rendered_person_are_found(followed_by, kind: hp.ModelKind, person: Path):
+    motion = hp.solve_head_pose(followed_by(kind)[0], hp.load_template(kind), (384, 384))
     with np.load(person / "truth.npz") as truth:
         cameras = torch.from_numpy(truth["cam2head"][:200, :16]).double().reshape(-1, 4, 4)
     error = offset_free_error_deg(motion.cam2world()[:, :3, :3], cameras[:, :3, :3]).abs().mean(0)
-    assert error[0] < 1.0
-    assert error[1] < 1.0
-    assert error[2] < 0.7
+    assert error.max() < 0.6

@@ -13,6 +13,11 @@ POINTS_OF_TRUTH = {36: 33, 39: 133, 42: 362, 45: 263, 48: 61, 54: 291, 51: 0, 57
 NUM_FRAMES = 200
 
 
+@pytest.fixture(scope="module", params=["registry", "task"])
+def followed(request: pytest.FixtureRequest, followed_by) -> tuple[torch.Tensor, torch.Tensor]:
+    return followed_by(request.param)
+
+
 @pytest.fixture(scope="module")
 def truth(person: Path) -> dict[str, np.ndarray]:
     with np.load(person / "truth.npz") as file:
@@ -57,7 +62,7 @@ def test_points_move_with_the_picture(registry_model, portrait: np.ndarray):
     assert shifted is not None
     assert mirrored is not None
     assert np.abs(shifted.landmarks - (60, 40) - first.landmarks).mean() < 1.0
-    swapped = mirrored.landmarks[lm.load_template().mirror[:468].numpy()] * (-1, 1) + (portrait.shape[1], 0)
+    swapped = mirrored.landmarks[lm.load_template("registry").mirror[:468].numpy()] * (-1, 1) + (portrait.shape[1], 0)
     assert np.abs(swapped - first.landmarks).mean() < 1.5
 
 

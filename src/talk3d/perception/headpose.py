@@ -4,8 +4,11 @@ Geometry only, in float64 torch: points and cameras in, cameras out. Knows nothi
 """
 
 import itertools
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -16,10 +19,12 @@ from scipy.signal import savgol_filter
 from torch import Tensor
 
 from talk3d.errors import ShapeError, WeightsError
-from talk3d.ops.geometry import CAMERA_RADIUS, HEAD_PIVOT, cross_matrix, fit_similarity, rotation_from_vector, vector_from_rotation, view_angles
+from talk3d.ops.geometry import CAMERA_RADIUS, HEAD_PIVOT, cross_matrix, fit_similarity, project, rotation_from_vector, vector_from_rotation
 from talk3d.types import Camera
 
 TEMPLATE_PATH = Path(__file__).resolve().parents[1] / "assets" / "face_template.safetensors"
+ModelKind = Literal["task", "registry"]
+"""The Face Landmarker file, or the models of the package registry: their points err differently."""
 RIGID_POINTS = (
     *(8, 9, 168, 6, 197, 195, 5, 4, 1, 19, 94, 2),  # forehead to nose to its base, down the middle
     *(97, 98, 99, 48, 129, 49, 131, 198, 236, 3, 51, 45),  # right side of the nose
@@ -33,6 +38,8 @@ RIGID_POINTS = (
 """MediaPipe points that neither speech, lids nor brows move much."""
 SYSTEMATIC = 0.005
 """Error of the face networks that is the same in many frames, scene units; it bounds how much a clip can tell of the person's shape."""
+POINT_NOISE = 0.0005
+"""Least noise of each point beside the error modes, scene units; a grainy clip has more, which is measured."""
 NUM_VIEWS = 60.0
 """How many independent views a clip counts for when the person's shape is refined: neighbouring frames err alike."""
 
@@ -71,77 +78,82 @@ class HeadMotion:
 
 @dataclass(frozen=True, kw_only=True)
 class FaceTemplate:
-    """Where the face networks put their points on a mean head."""
+    """Where a face model puts its points on a mean head, and how it errs together."""
 
     points: Float[Tensor, "p 3"]
-    """Head space, scene units, seen from the front."""
-    slide: Float[Tensor, "p 3"]
-    """How far the points wander over the skin per radian of pitch: the networks follow a nodding head only by three quarters."""
+    """Head space, scene units."""
+    modes: Float[Tensor, "p 2 k"]
+    """Displacements in the picture, scene units, that points share as speech, looks and turning heads mislead the network; one standard deviation."""
     mirror: Int[Tensor, " m"]
     """Number of the point that each point becomes in a mirrored picture; also for MediaPipe's ten iris points."""
 
 
-def load_template(path: Path = TEMPLATE_PATH) -> FaceTemplate:
-    """The template of the builtin prior's head space.
+def load_template(kind: ModelKind, path: Path = TEMPLATE_PATH) -> FaceTemplate:
+    """The template of the builtin prior's head space for a kind of face model.
 
     Raises:
         WeightsError: the file is missing or damaged.
     """
     try:
         with safe_open(path, framework="pt") as file:
-            return FaceTemplate(points=file.get_tensor("points"), slide=file.get_tensor("slide"), mirror=file.get_tensor("mirror"))
+            modes = file.get_tensor(f"modes_{kind}").float()
+            return FaceTemplate(points=file.get_tensor("points"), modes=modes, mirror=file.get_tensor("mirror"))
     except (OSError, SafetensorError) as error:
         raise WeightsError(f"the face template {path} cannot be read ({error}): install the package again, or give a template of your own") from error
 
 
+def save_templates(templates: Mapping[ModelKind, FaceTemplate], path: Path = TEMPLATE_PATH) -> None:
+    """Write templates that differ by their modes only where `load_template` reads them."""
+    tensors = {f"modes_{kind}": template.modes.half().contiguous() for kind, template in templates.items()}
+    common = next(iter(templates.values()))
+    save_file({**tensors, "points": common.points.float().contiguous(), "mirror": common.mirror}, path)
+
+
 def fit_template(landmarks: Float[Tensor, "n p 2"], cameras: Camera, num_steps: int = 20) -> Float[Tensor, "p 3"]:
-    """Mean 3D shape of MediaPipe's 468 face points of many people seen by known cameras, in the cameras' head space.
+    """Mean 3D shape of face points of many people seen by known cameras, in the cameras' head space.
+
+    Each point is triangulated by Gauss-Newton from all pictures at once; what disagrees counts for less (Huber loss).
 
     Args:
         landmarks: divided by the picture's side.
         cameras: one for each picture, intrinsics divided by the picture's side; best with yaw below 40°.
         num_steps: Gauss-Newton steps.
     """
-    return _triangulate(landmarks, cameras, load_template().slide, num_steps)[0]
-
-
-def fit_template_and_slide(landmarks: Float[Tensor, "n p 2"], cameras: Camera, num_steps: int = 20) -> FaceTemplate:
-    """Like `fit_template`, and also measures how the points slide with pitch; needs pictures from above and below."""
-    points, slide = _triangulate(landmarks, cameras, None, num_steps)
-    return FaceTemplate(points=points, slide=slide, mirror=load_template().mirror)
-
-
-def save_template(template: FaceTemplate, path: Path = TEMPLATE_PATH) -> None:
-    """Write a template where `load_template` reads it."""
-    tensors = {"points": template.points.float().contiguous(), "slide": template.slide.float().contiguous(), "mirror": template.mirror}
-    save_file(tensors, path, metadata={"space": "EG3D head space, camera radius 2.7", "points": "468 of MediaPipe"})
-
-
-def _triangulate(landmarks: Tensor, cameras: Camera, slide: Tensor | None, num_steps: int) -> tuple[Tensor, Tensor]:
-    """Gauss-Newton on every point's place, and on its slide unless that is given; what disagrees counts for less (Huber loss)."""
-    view = cameras.cam2world.double()
-    intrinsics = cameras.intrinsics.double()
+    view, intrinsics = cameras.cam2world.double(), cameras.intrinsics.double()
     focal = intrinsics[:, [0, 1], [0, 1]][:, None]  # n 1 2
-    seen = landmarks.double() - intrinsics[:, None, :2, 2]
     rotation, centre = view[:, :3, :3].mT, view[:, :3, 3]  # world to camera
-    pitch = view_angles(view[:, :3, :3])[:, 1, None, None]  # n 1 1
-    count = landmarks.shape[1]
-    state = torch.zeros(count, 6, dtype=torch.float64)
-    if slide is not None:
-        state[:, 3:] = slide.double()
-    ridge = torch.diag(torch.tensor([0.0, 0, 0, 1e-2, 1e-2, 1e-2], dtype=torch.float64)) * len(seen) * 1e-2
+    points = torch.zeros(landmarks.shape[1], 3, dtype=torch.float64)
     for _ in range(num_steps):
-        local = (state[:, :3] + pitch * state[:, 3:] - centre[:, None]) @ rotation.mT  # n p 3
-        error = focal * local[..., :2] / local[..., 2:] - seen
-        by_place = _projection_jacobian(local, focal) @ rotation[:, None]  # n p 2 3
-        jacobian = torch.cat([by_place, by_place * pitch[..., None] * (slide is None)], -1)  # n p 2 6
+        local = (points - centre[:, None]) @ rotation.mT  # n p 3
+        error = focal * local[..., :2] / local[..., 2:] + intrinsics[:, None, :2, 2] - landmarks.double()
+        jacobian = _projection_jacobian(local, focal) @ rotation[:, None]  # n p 2 3
         weight = _huber_weight(error.norm(dim=-1), 1.5 * error.norm(dim=-1).median())
-        normal = torch.einsum("np,npai,npaj->pij", weight, jacobian, jacobian) + ridge
-        gradient = torch.einsum("np,npai,npa->pi", weight, jacobian, error)
-        if slide is None:
-            gradient = gradient + state @ ridge
-        state = state - torch.linalg.solve(normal, gradient)
-    return state[:, :3].float(), state[:, 3:].float()
+        normal = torch.einsum("np,npai,npaj->pij", weight, jacobian, jacobian)
+        points = points - torch.linalg.solve(normal, torch.einsum("np,npai,npa->pi", weight, jacobian, error))
+    return points.float()
+
+
+def fit_error_modes(
+    landmarks: Float[Tensor, "n p 2"], cameras: Camera, person: Int[Tensor, " n"], points: Float[Tensor, "p 3"], num_modes: int = 60
+) -> Float[Tensor, "p 2 k"]:
+    """How a face model's points stray together from where the true cameras put them, beyond what makes each person different.
+
+    Args:
+        landmarks: divided by the picture's side.
+        cameras: the true ones; best with yaw below 30°.
+        person: who is in each picture; people with fewer than four pictures are left out.
+        points: from `fit_template`.
+        num_modes: principal components to keep.
+    """
+    distance = (cameras.cam2world[:, :3, 3] - torch.tensor(HEAD_PIVOT)).norm(dim=-1).double()
+    units = distance / cameras.intrinsics[:, 0, 0].double()  # scene units per picture side, at the pivot
+    exact = Camera(cam2world=cameras.cam2world.double(), intrinsics=cameras.intrinsics.double())
+    error = (landmarks.double() - project(points.double().expand(len(landmarks), -1, -1), exact)) * units[:, None, None]
+    groups = [error[person == number] for number in person.unique()]
+    strayed = [(group - group.mean(0)) * math.sqrt(len(group) / (len(group) - 1)) for group in groups if len(group) >= 4]
+    flat = torch.cat(strayed).flatten(1)
+    _, singular, directions = torch.linalg.svd(flat / math.sqrt(len(flat)), full_matrices=False)
+    return (directions[:num_modes] * singular[:num_modes, None]).mT.unflatten(0, (-1, 2)).float()
 
 
 def solve_head_pose(
@@ -171,7 +183,7 @@ def solve_head_pose(
     seen = torch.ones(len(landmarks), dtype=torch.bool) if seen is None else seen
     centred = landmarks[:, rigid].double() - torch.tensor(image_size, dtype=torch.float64) / 2
     measured = centred[seen]
-    bundle = _Bundle(template.points[rigid].double(), template.slide[rigid].double(), measured[:: max(1, len(measured) // 1500)])
+    bundle = _Bundle(template.points[rigid].double(), template.modes[rigid].double(), measured[:: max(1, len(measured) // 1500)])
     bundle.run()
     rotation, translation, residual = bundle.poses(measured)
     frames = torch.nonzero(seen)[:, 0]
@@ -217,9 +229,10 @@ def smooth_motion(
 class _Bundle:
     """Alternates between the frames' poses, the person's shape, each point's reliability and the focal length."""
 
-    def __init__(self, template: Tensor, slide: Tensor, observed: Tensor) -> None:
-        self.template, self.shape, self.slide, self.observed = template, template, slide, observed
+    def __init__(self, template: Tensor, modes: Tensor, observed: Tensor) -> None:
+        self.template, self.shape, self.modes, self.observed = template, template, modes, observed
         self.noise = torch.ones(len(template), dtype=torch.float64)
+        self.point_noise = POINT_NOISE
         self.focal = float(CAMERA_RADIUS * _weak_perspective(template, observed)[1].mean())
 
     def run(self, num_rounds: int = 12) -> None:
@@ -233,12 +246,17 @@ class _Bundle:
             distance = (rotation @ pivot + translation).norm(dim=-1).mean()
             self.focal *= float(CAMERA_RADIUS / distance)
             translation = translation * (CAMERA_RADIUS / distance)
+        few = slice(None, None, max(1, len(self.observed) // 100))
+        left = self._solve_with_modes(self.observed[few], rotation[few], translation[few], 3)[2]
+        share = max(1 - (6 + self.modes.shape[-1]) / (2 * len(self.template)), 0.1)  # the rest of the freedom is taken by pose and modes
+        self.point_noise = max(POINT_NOISE, float(left.abs().median()) * 1.48 / math.sqrt(share))
 
-    def poses(self, observed: Tensor, chunk: int = 4096) -> tuple[Tensor, Tensor, Tensor]:
+    def poses(self, observed: Tensor, chunk: int = 512) -> tuple[Tensor, Tensor, Tensor]:
         """Rotation, translation and median residual in px of any frames, with the shape as it is."""
         rotations, translations, residuals = [], [], []
         for piece in observed.split(chunk):
             rotation, translation = self._solve(piece, *self._start(piece), 12)
+            rotation, translation, _ = self._solve_with_modes(piece, rotation, translation, 5)
             error = self._error(piece, rotation, translation)[0].norm(dim=-1)
             rotations.append(rotation)
             translations.append(translation)
@@ -253,8 +271,7 @@ class _Bundle:
 
     def _error(self, observed: Tensor, rotation: Tensor, translation: Tensor) -> tuple[Tensor, Tensor]:
         """Residuals in px and the points in the camera."""
-        pitch = view_angles(rotation.mT)[:, 1, None, None]
-        local = (self.shape + pitch * self.slide) @ rotation.mT + translation[:, None]  # t k 3
+        local = self.shape @ rotation.mT + translation[:, None]  # t k 3
         return self.focal * local[..., :2] / local[..., 2:] - observed, local
 
     def _solve(self, observed: Tensor, rotation: Tensor, translation: Tensor, num_steps: int) -> tuple[Tensor, Tensor]:
@@ -272,6 +289,31 @@ class _Bundle:
             rotation = rotation_from_vector(-step[:, :3]) @ rotation
             translation = translation - step[:, 3:]
         return rotation, translation
+
+    def _solve_with_modes(self, observed: Tensor, rotation: Tensor, translation: Tensor, num_steps: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Gauss-Newton on each frame's six numbers and how far it strays along each error mode, normally distributed; also what error is left."""
+        num_frames, num_modes = len(observed), self.modes.shape[-1]
+        prior = torch.diag(torch.cat([torch.zeros(6), torch.ones(num_modes)]).double())
+        strayed = torch.zeros(num_frames, num_modes, dtype=torch.float64)
+        by_mode = self.modes.expand(num_frames, -1, -1, -1)
+        limit = torch.tensor(3.0, dtype=torch.float64)
+        error = torch.zeros_like(observed)
+        for _ in range(num_steps):
+            error, local = self._error(observed, rotation, translation)
+            scale = self.focal / local[..., 2].mean(-1)[:, None, None]  # px per scene unit
+            error = error / scale + torch.einsum("kam,tm->tka", self.modes, strayed)
+            by_place = _projection_jacobian(local, torch.tensor(self.focal, dtype=torch.float64)) / scale[..., None]
+            by_turn = -by_place @ cross_matrix(local - translation[:, None])
+            jacobian = torch.cat([by_turn, by_place, by_mode], -1)  # t k 2 6+m
+            weight = _huber_weight(error.norm(dim=-1) / self.point_noise, limit) / self.point_noise**2
+            weighted = (weight[..., None, None] * jacobian).flatten(1, 2)
+            normal = weighted.mT @ jacobian.flatten(1, 2) + prior
+            gradient = (weighted.mT @ error.flatten(1)[..., None])[..., 0]
+            gradient[:, 6:] += strayed
+            step = torch.linalg.solve(normal, gradient)
+            rotation = rotation_from_vector(-step[:, :3]) @ rotation
+            translation, strayed = translation - step[:, 3:6], strayed - step[:, 6:]
+        return rotation, translation, error
 
     def _weight(self, error: Tensor, floor_px: float = 0.0) -> Tensor:
         """Inverse variance of each point times the Huber weight of each residual."""
@@ -343,6 +385,6 @@ def smoothing_gain(frequency_hz: float, fps: float = 25.0, window: int = 9) -> f
     """Share of a sinusoid of this frequency that `smooth_motion` keeps."""
     impulse = np.zeros(4 * window + 1)
     impulse[2 * window] = 1
-    kernel = savgol_filter(impulse, window, 2)
+    kernel = np.asarray(savgol_filter(impulse, window, 2))
     phase = 2 * np.pi * frequency_hz / fps * (np.arange(len(kernel)) - 2 * window)
     return float((kernel * np.cos(phase)).sum())

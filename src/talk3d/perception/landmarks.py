@@ -19,7 +19,7 @@ from torch import Tensor
 
 from talk3d.io.face_models import find_task, read_task, registry_model
 from talk3d.perception.detection import FaceBox, FaceDetector, Network, from_square, sample_square, square_round, unit_range
-from talk3d.perception.headpose import load_template
+from talk3d.perception.headpose import ModelKind, load_template
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +66,8 @@ class FaceModel(Protocol):
 
     source: str
     """What the points come from, to be recorded with them."""
+    kind: ModelKind
+    """Which error modes of `headpose.FaceTemplate` belong to it."""
 
     def detect(self, frame: UInt8[np.ndarray, "h w 3"]) -> list[FaceBox]:
         """Faces in a picture, the largest first."""
@@ -87,9 +89,10 @@ class TaskFaceModel:
         """
         members = read_task(path)
         self.source = "face_landmarker.task"
+        self.kind: ModelKind = "task"
         self._detector = FaceDetector(Network(members["face_detector.tflite"]))
         self._points = Network(members["face_landmarks_detector.tflite"])
-        self._mirror = load_template().mirror.numpy()
+        self._mirror = load_template(self.kind).mirror.numpy()
         self._blendshapes = Network(members["face_blendshapes.tflite"])
 
     def detect(self, frame: UInt8[np.ndarray, "h w 3"]) -> list[FaceBox]:
@@ -115,9 +118,10 @@ class RegistryFaceModel:
             WeightsError: they cannot be had.
         """
         self.source = "models of mediapipe 0.10.21"
+        self.kind: ModelKind = "registry"
         self._detector = FaceDetector(Network(registry_model("face_detection_short_range.tflite", folder)))
         self._points = Network(registry_model("face_landmark.tflite", folder))
-        self._mirror = load_template().mirror.numpy()
+        self._mirror = load_template(self.kind).mirror.numpy()
         self._eye = Network(registry_model("iris_landmark.tflite", folder))
 
     def detect(self, frame: UInt8[np.ndarray, "h w 3"]) -> list[FaceBox]:
@@ -251,4 +255,4 @@ def _run_points(network: Network, frame: np.ndarray, box: FaceBox, mirror: np.nd
                 points = (points * [-1, 1] + [1, 0])[mirror[: len(points)]]
             looks.append(from_square(points, square))
             scores.append(outputs[1][0])
-    return np.mean(looks, 0, dtype=np.float32), float(1 / (1 + np.exp(-np.clip(min(scores), -80, 80))))
+    return np.stack(looks).mean(0).astype(np.float32), float(1 / (1 + np.exp(-np.clip(min(scores), -80, 80))))

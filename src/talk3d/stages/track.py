@@ -95,7 +95,7 @@ def track(
     num_frames = len(faces.landmarks)
     cuts = tuple(cut - faces.start for cut in scan.cuts if faces.start < cut < faces.start + num_frames)
     size = (scan.width_px, scan.height_px)
-    builtin = load_template()
+    builtin = load_template(model.kind)
     head = builtin if template is None else replace(builtin, points=template.float().cpu())
     motion = solve_head_pose(faces.landmarks, head, size, faces.seen, cuts)
     crop = _crop_maps(motion, size, config.size_px)
