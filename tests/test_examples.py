@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 import talk3d
-from talk3d.apps.doctor import asset
+from talk3d.apps.terminal import asset
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 AVATAR = asset("sample_avatar.safetensors")
