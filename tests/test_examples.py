@@ -52,7 +52,8 @@ def test_look_around(speech: Path, tmp_path: Path) -> None:
     load("look_around").main(str(AVATAR), str(speech), str(tmp_path / "pictures"))
     pictures = sorted((tmp_path / "pictures").iterdir())
     assert [path.name for path in pictures] == ["000.png", "001.png"]
-    assert Image.open(pictures[0]).size == (256, 256)
+    with Image.open(pictures[0]) as picture:
+        assert picture.size == (256, 256)
 
 
 def test_whole_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

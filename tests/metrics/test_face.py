@@ -105,6 +105,7 @@ class ScriptedModel:
     """A face model whose points are written in the picture: the first pixel's red is the mouth opening in px, green 0 means no face."""
 
     source = "script"
+    kind = "task"
 
     def __init__(self) -> None:
         self.face = np.random.default_rng(0).uniform(50, 150, (468, 2)).astype(np.float32)
