@@ -145,7 +145,7 @@ def test_sound_is_mixed_down_resampled_and_freed_of_what_is_no_number(tmp_path: 
     write_wav(tmp_path / "holes.wav", tone[None])
     holes = read_audio(tmp_path / "holes.wav").samples
     assert torch.isfinite(holes).all()
-    assert "not numbers" in caplog.text
+    assert caplog.text.count("2 of 22050 samples of the sound are not numbers") == 1
 
 
 def test_short_and_empty_sound(tmp_path: Path):
@@ -219,3 +219,9 @@ def test_a_truncated_file_gives_what_it_has(tmp_path: Path):
     assert 25 <= scan.num_frames < 75
     assert len(list(read_video(half, scan=scan))) == scan.num_frames
     assert not scan_video(whole).truncated
+
+
+def test_sound_without_a_single_number_is_refused(tmp_path: Path):
+    write_wav(tmp_path / "nothing.wav", np.full((1, 4410), np.nan, np.float32))
+    with pytest.raises(MediaError, match="not one of the 4410 samples"):
+        read_audio(tmp_path / "nothing.wav")

@@ -3,12 +3,13 @@
 from collections.abc import Callable, Iterable
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from talk3d.errors import MediaError, TrackingError, WeightsError
+from talk3d.errors import ConfigError, MediaError, TrackingError, WeightsError
 from talk3d.io.clips import load_clip
 from talk3d.io.media import VideoWriter, read_audio, read_video
 from talk3d.ops.geometry import fit_similarity, head_camera, project, view_angles
@@ -179,3 +180,11 @@ def test_what_cannot_be_tracked_is_refused_in_one_line(film: Callable[..., Path]
     with pytest.raises(kind, match=message) as caught:
         tracking.track(path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"fps": 0.0}, {"fps": float("nan")}, {"fps": -5.0}, {"size_px": 7}, {"size_px": -5}, {"held_out_s": -1.0}, {"min_length_s": 0.0}]
+)
+def test_settings_that_cannot_work_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="track "):
+        tracking.TrackConfig(**wrong)

@@ -183,11 +183,16 @@ def read_audio(path: str | Path, sample_rate_hz: int = 16000) -> Waveform:
         if not container.streams.audio:
             raise MediaError(f"{path} has no sound track: give a file with sound, such as wav, mp3, m4a, flac or a video with speech")
         try:
-            samples = np.concatenate([np.zeros(0, np.float32), *_decode_audio(container, sample_rate_hz, origin_s)])
+            silenced = _Silenced()
+            samples = np.concatenate([np.zeros(0, np.float32), *_decode_audio(container, sample_rate_hz, origin_s, silenced)])
         except READ_ERRORS as error:
             raise MediaError(f"the sound of {path} cannot be decoded ({error}): convert it to wav and give that") from error
     if samples.size == 0:
         raise MediaError(f"{path} has a sound track without a single sample: give a file that is not empty")
+    if silenced.bad and silenced.bad == silenced.total:
+        raise MediaError(f"not one of the {silenced.total} samples of {path} is a number: record or convert the sound again")
+    if silenced.bad:
+        logger.warning("%d of %d samples of the sound are not numbers and become silence", silenced.bad, silenced.total)
     return Waveform(samples=torch.from_numpy(np.clip(samples, -1, 1)), sample_rate_hz=sample_rate_hz)
 
 
@@ -300,7 +305,7 @@ def _open(path: Path, expected: str) -> Any:
         return av.open(str(path))
     except READ_ERRORS as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise MediaError(f"{path} is not a {expected} that can be read ({reason}): give a whole file, such as mp4 or wav") from error
+        raise MediaError(f"{path} is not a {expected} that can be read ({reason}): give a whole {expected}") from error
 
 
 def _open_video(path: Path) -> Any:
@@ -343,7 +348,15 @@ def _to_rgb(picture: Any, size: tuple[int, int]) -> np.ndarray:
     return picture.to_ndarray(format="rgb24", width=size[0], height=size[1], src_colorspace=source)
 
 
-def _decode_audio(container: Any, sample_rate_hz: int, origin_s: float | None) -> Iterator[np.ndarray]:
+@dataclass(kw_only=True)
+class _Silenced:
+    """How many samples of a file were looked at, and how many were no numbers."""
+
+    bad: int = 0
+    total: int = 0
+
+
+def _decode_audio(container: Any, sample_rate_hz: int, origin_s: float | None, silenced: _Silenced) -> Iterator[np.ndarray]:
     """Yield mono float pieces; what comes before `origin_s` is cut off, what is missing is silence."""
     resampler = av.AudioResampler(format="fltp", rate=sample_rate_hz)
     clock_s: float | None = origin_s
@@ -360,7 +373,7 @@ def _decode_audio(container: Any, sample_rate_hz: int, origin_s: float | None) -
             skip, origin_s = round(-gap_s * sample_rate_hz), None
             clock_s = start_s
         clock_s = (start_s if clock_s is None else clock_s) + frame.samples / frame.sample_rate
-        for piece in resampler.resample(_finite(frame)):
+        for piece in resampler.resample(_finite(frame, silenced)):
             samples = piece.to_ndarray().mean(0)
             yield samples[skip:]
             skip = max(skip - len(samples), 0)
@@ -368,15 +381,15 @@ def _decode_audio(container: Any, sample_rate_hz: int, origin_s: float | None) -
         yield piece.to_ndarray().mean(0)[skip:]
 
 
-def _finite(frame: Any) -> Any:
+def _finite(frame: Any, silenced: _Silenced) -> Any:
     """The same piece of sound with silence where a float file holds no number."""
     if not frame.format.name.startswith(("flt", "dbl")):
         return frame
     values = frame.to_ndarray()
     bad = ~np.isfinite(values)
+    silenced.bad, silenced.total = silenced.bad + int(bad.sum()), silenced.total + bad.size
     if not bad.any():
         return frame
-    logger.warning("%d samples of the sound are not numbers and become silence", int(bad.sum()))
     clean = av.AudioFrame.from_ndarray(np.where(bad, 0, values).clip(-8, 8).astype(values.dtype), format=frame.format.name, layout=frame.layout.name)
     clean.sample_rate, clean.time_base, clean.pts = frame.sample_rate, frame.time_base, frame.pts
     return clean

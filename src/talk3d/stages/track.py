@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from talk3d.errors import MediaError, TrackingError
+from talk3d.errors import ConfigError, MediaError, TrackingError
 from talk3d.io.media import VideoScan, read_audio, read_video, scan_video
 from talk3d.ops.geometry import CAMERA_FOCAL, HEAD_PIVOT, view_angles
 from talk3d.perception.headpose import HeadMotion, load_template, solve_head_pose
@@ -46,6 +46,18 @@ class TrackConfig:
     """Longest time without a face that is bridged; a longer one ends the stretch that is used."""
     min_length_s: float = 1.0
     """Shortest stretch with a face that makes a clip."""
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that cannot work."""
+        if not 1 <= self.fps <= 240 or not 32 <= self.size_px <= 4096:
+            raise ConfigError(
+                f"track makes 1 to 240 frames a second of 32 to 4096 px, got {self.fps} and {self.size_px}: leave --fps and --size-px out"
+            )
+        if not (self.held_out_s >= 0 and self.max_gap_s >= 0 and self.min_length_s > 0):
+            raise ConfigError(
+                f"track needs lengths in seconds that are not negative, got held out {self.held_out_s}, gap {self.max_gap_s}, "
+                f"shortest {self.min_length_s}: leave them out for good ones"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
