@@ -152,7 +152,10 @@ def background_plate(clip: Clip, num_frames: int = 64) -> Float[Tensor, "3 h w"]
         free = (F.max_pool2d(alpha, 9, stride=1, padding=4) < 0.02).float()
         total += (image * free).sum(0, keepdim=True)
         weight += free.sum(0, keepdim=True)
-    return _fill(total, weight)[0]
+    known, plate = weight > 0, _fill(total, weight)
+    for _ in range(300):  # let the guess run smoothly into what was seen, so that no seam shows
+        plate = torch.where(known, plate, F.avg_pool2d(F.pad(plate, (1, 1, 1, 1), mode="replicate"), 3, stride=1))
+    return plate[0]
 
 
 def _fill(total: Float[Tensor, "1 c h w"], weight: Float[Tensor, "1 1 h w"]) -> Float[Tensor, "1 c h w"]:
