@@ -65,7 +65,7 @@ def test_drop_rates_at_the_ends(rate: float, expected: bool) -> None:
 
 def test_coefficients_are_the_mouth_heard_and_what_was_tracked() -> None:
     model, given = conditioner(mouth_shapes=3), driving()
-    found = model.coefficients(given)
+    found = model.coefficients(given, model(given))
     assert found.shape == (3, model.config.num_coefficients) == (3, 9)
     torch.testing.assert_close(found[:, :3], model.mouth_head(model(given)[:, AUDIO]))
     torch.testing.assert_close(found[:, 3:], torch.cat([2 * given.blink, 4 * given.head_pose, 4 * given.anchors[:, :2]], 1))

@@ -21,7 +21,7 @@ from talk3d.errors import ConfigError
 from talk3d.io.clips import load_clip
 from talk3d.io.weights import load_person, load_prior
 from talk3d.stages.personalize import PersonalizeConfig, personalize
-from talk3d.stages.track import TrackConfig, track
+from talk3d.stages.track import TrackConfig, sha256_of, track
 from talk3d.stages.train import TrainConfig, train
 from talk3d.types import Progress, silent
 
@@ -61,12 +61,6 @@ def fingerprint(*parts: Any) -> str:
         else:
             digest.update(json.dumps(part).encode())
     return digest.hexdigest()[:16]
-
-
-def sha256_of(path: Path) -> str:
-    """Return the SHA-256 of a file in hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def checkpoint_beside(out: Path, *parts: Any) -> Path:

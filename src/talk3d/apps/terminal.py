@@ -5,7 +5,6 @@ import os
 import platform
 import time
 from collections.abc import Callable, Mapping
-from importlib import resources
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
@@ -19,6 +18,7 @@ from rich.table import Table
 
 from talk3d import __version__
 from talk3d.io.face_models import TASK_NAME, WHEEL, WHEEL_MEMBERS, cache_folder, find_task
+from talk3d.io.weights import ASSETS
 
 logger = logging.getLogger(__name__)
 
@@ -151,7 +151,7 @@ UNWANTED = ("torchvision", "torchaudio")
 
 def asset(name: str) -> Path:
     """Return the path of a file that ships inside the package."""
-    return Path(str(resources.files("talk3d") / "assets" / name))
+    return ASSETS / name
 
 
 def examine() -> list[tuple[str, str]]:

@@ -160,7 +160,8 @@ class Avatar(nn.Module):
             prefix = self.predictor.prepare(self.personalized.triplane)
         if not self.training and not torch.is_grad_enabled():
             self._prefix = prefix
-        return self.predictor.predict(prefix, self.conditioner(driving, generator), self.conditioner.coefficients(driving))
+        tokens = self.conditioner(driving, generator)
+        return self.predictor.predict(prefix, tokens, self.conditioner.coefficients(driving, tokens))
 
     def render(self, driving: Driving, camera: Camera) -> Rendering:
         """Render b frames as their cameras see them, deterministically."""

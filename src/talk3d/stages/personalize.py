@@ -23,7 +23,7 @@ from talk3d.models.generator import TriplaneGenerator
 from talk3d.models.stylegan2 import MappingNetwork
 from talk3d.ops.geometry import head_camera
 from talk3d.perception.landmarks import mouth_opening
-from talk3d.training.loop import Loop
+from talk3d.training.loop import Loop, cosine_decay
 from talk3d.training.losses import PictureTarget, picture_losses, premultiply, weighted_sum
 from talk3d.types import Camera, Clip, Progress, silent
 
@@ -212,12 +212,8 @@ class _Search:
         self.generator.requires_grad_(not inverting)
         self._set_rate(number, inverting)
         index = torch.randperm(len(self.cameras), generator=self.generators["choice"])[: self.config.frames_per_step].to(self.device)
-        rendering = self.generator.render_triplane(
-            self.generator.triplane(self.codes.rows(index)),
-            self.codes.rows(index)[:, -1],
-            self.cameras[index],
-            generator=self.generators["rays"],
-        )
+        ws = self.codes.rows(index)
+        rendering = self.generator.render_triplane(self.generator.triplane(ws), ws[:, -1], self.cameras[index], generator=self.generators["rays"])
         target = PictureTarget(image=self.image[index], alpha=self.alpha[index])
         terms = picture_losses(rendering, target, self.emphasis[index])
         weights = dict(LOSS_WEIGHTS)
@@ -240,7 +236,7 @@ class _Search:
         else:
             fraction, rate, name = (number - config.inversion_steps) / config.tuning_steps, config.tuning_rate, "generator"
         for group in self.optimizers[name].param_groups:
-            group["lr"] = rate * (0.1 + 0.9 * (0.5 + 0.5 * math.cos(math.pi * fraction))) * min(1.0, 0.1 + fraction / 0.05)
+            group["lr"] = rate * cosine_decay(fraction, 0.1) * min(1.0, 0.1 + fraction / 0.05)
 
     def _locality(self) -> Float[Tensor, ""]:
         """Change of the raw picture of a head between the person and a random one, from a random side."""

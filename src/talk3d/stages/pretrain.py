@@ -17,7 +17,7 @@ from talk3d.errors import ConfigError
 from talk3d.io.clips import HeadDataset, load_heads
 from talk3d.models.avatar import Prior
 from talk3d.models.generator import GeneratorConfig, TriplaneGenerator
-from talk3d.training.loop import Average, Loop
+from talk3d.training.loop import Average, Loop, cosine_decay
 from talk3d.training.losses import PictureTarget, density_variation, picture_losses, premultiply, weighted_sum
 from talk3d.types import Camera, Progress, Triplane, silent
 
@@ -144,7 +144,7 @@ class _Trainer:
     def step(self, number: int) -> dict[str, Float[Tensor, ""]]:
         """Draw moments and views, render, compare, descend."""
         config = self.config
-        scale = 0.01 + 0.99 * (0.5 + 0.5 * math.cos(math.pi * number / config.steps))
+        scale = cosine_decay(number / config.steps, 0.01)
         for group, rate in zip(self.optimizer.param_groups, (config.learning_rate, config.code_learning_rate), strict=True):
             group["lr"] = rate * scale
         w, target, camera = self._batch()

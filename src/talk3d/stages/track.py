@@ -124,7 +124,7 @@ def track(
         track=face_track,
         masks=FaceMasks(person=mattes, source=matting.source),
         source=str(video),
-        source_sha256=_sha256(Path(video)),
+        source_sha256=sha256_of(Path(video)),
         num_training_frames=num_frames - held_out,
         check=_check(scan, faces, motion, crop, waveform, model, face_track),
     )
@@ -328,7 +328,7 @@ def _silent_share(waveform: Waveform) -> float:
     return float((pieces.square().mean(-1) < 1e-5).float().mean()) if len(pieces) else 1.0
 
 
-def _sha256(path: Path) -> str:
-    """Hash of a file's contents."""
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -8,7 +8,6 @@ Reference: Talk3D (arXiv 2403.20153), section 3.4.
 
 import copy
 import dataclasses
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from talk3d.models.conditioning import ConditioningConfig
 from talk3d.models.deltaplane import DeltaplaneConfig
 from talk3d.models.renderer import RendererConfig
 from talk3d.stages.personalize import LOSS_WEIGHTS, face_emphasis
-from talk3d.training.loop import Average, Loop
+from talk3d.training.loop import Average, Loop, cosine_decay
 from talk3d.training.losses import PictureTarget, hearing_loss, mouth_shapes, picture_losses, premultiply, weighted_sum
 from talk3d.types import Clip, Driving, Progress, silent
 
@@ -212,8 +211,7 @@ class _Lesson:
     def step(self, number: int) -> dict[str, Float[Tensor, ""]]:
         """Draw frames, predict their deltaplanes, render, compare, descend."""
         config, clip, choice = self.config, self.clip, self.generators["choice"]
-        fraction = number / config.steps
-        scale = (0.05 + 0.95 * (0.5 + 0.5 * math.cos(math.pi * fraction))) * min(1.0, (number + 1) / 50)
+        scale = cosine_decay(number / config.steps, 0.05) * min(1.0, (number + 1) / 50)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * scale
         index = torch.randint(clip.num_training_frames, (config.frames_per_step,), generator=choice)

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import math
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -39,6 +40,11 @@ def _finish_step_first() -> Iterator[Callable[[], bool]]:
         yield lambda: asked
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def cosine_decay(fraction: float, end: float) -> float:
+    """Factor of a learning rate after `fraction` of the steps: from 1 down to `end` along half a cosine."""
+    return end + (1 - end) * (0.5 + 0.5 * math.cos(math.pi * fraction))
 
 
 class Average:
