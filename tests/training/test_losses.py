@@ -8,6 +8,7 @@ from talk3d.models.conditioning import Conditioner, ConditioningConfig
 from talk3d.models.renderer import TriplaneRenderer
 from talk3d.presets import TINY
 from talk3d.training.losses import (
+    MOUTH,
     MouthShapes,
     PictureTarget,
     density_variation,
@@ -109,11 +110,12 @@ def test_weighted_sum_multiplies_and_misses_nothing() -> None:
         weighted_sum(terms, {"a": 1.0})
 
 
-def _talking_face(time: torch.Tensor, opening: torch.Tensor) -> torch.Tensor:
-    """A random face that turns in the picture plane, grows and wanders, while points of its mouth move by `opening` pixels."""
+def _talking_face(time: torch.Tensor, opening: torch.Tensor, nod: torch.Tensor | float = 0.0) -> torch.Tensor:
+    """A random face that turns in the picture plane, grows, wanders and nods, while points of its mouth move by `opening` pixels."""
     rest = 200 * torch.rand(468, 2, generator=torch.Generator().manual_seed(1))
     points = rest.expand(len(time), -1, -1).clone()
     points[:, [14, 17, 152], 1] += opening[:, None]
+    points[:, list(MOUTH), 1] += torch.as_tensor(nod).expand(len(time))[:, None]  # seen from above, all of the mouth sinks towards the chin
     angle, size = 0.2 * torch.sin(1.3 * time), 1 + 0.1 * torch.cos(0.7 * time)
     turn = torch.stack([torch.stack([angle.cos(), -angle.sin()], -1), torch.stack([angle.sin(), angle.cos()], -1)], -2)
     return size[:, None, None] * points @ turn.mT + 20 * torch.stack([time.sin(), time.cos()], -1)[:, None]
@@ -122,7 +124,9 @@ def _talking_face(time: torch.Tensor, opening: torch.Tensor) -> torch.Tensor:
 def test_mouth_shapes_follow_the_mouth_and_not_the_head() -> None:
     time = torch.linspace(0, 20, 120)
     opening = 10 * torch.sin(3.1 * time)
-    shapes = mouth_shapes(_talking_face(time, opening), 8)
+    pitch = 0.1 * torch.sin(1.7 * time)
+    pose = torch.stack([0 * time, pitch, 0 * time], 1)
+    shapes = mouth_shapes(_talking_face(time, opening, 300 * pitch + 500 * pitch.square()), pose, 8)
     first = shapes.values[:, 0]
     assert abs(torch.corrcoef(torch.stack([first, opening]))[0, 1]) > 0.999
     assert shapes.importance[0] > 0.95 and shapes.importance.sum() == pytest.approx(1)
@@ -131,7 +135,7 @@ def test_mouth_shapes_follow_the_mouth_and_not_the_head() -> None:
 
 def test_few_frames_have_few_mouth_shapes_and_the_rest_are_zero() -> None:
     time = torch.tensor([0.0, 1.0, 2.0])
-    shapes = mouth_shapes(_talking_face(time, 5 * time), 8)
+    shapes = mouth_shapes(_talking_face(time, 5 * time), torch.zeros(3, 3), 8)
     assert shapes.values.shape == (3, 8) and bool((shapes.values[:, 3:] == 0).all()) and bool((shapes.importance[3:] == 0).all())
 
 

@@ -40,7 +40,9 @@ class TrainConfig:
     listening_frames: int = 64
     """Frames in one such step; nothing is rendered."""
     listening_rate: float = 2e-3
-    """Adam's rate in that lesson at the start; falls to zero."""
+    """AdamW's rate in that lesson at the start; falls to zero."""
+    listening_decay: float = 0.3
+    """AdamW's weight decay in that lesson, so that it learns sounds rather than frames."""
     listening_weight: float = 0.05
     """Of that lesson's error while training."""
     learning_rate: float = 2e-3
@@ -173,7 +175,8 @@ class _Lesson:
 
     def __init__(self, avatar: Avatar, clip: Clip, config: TrainConfig, *, device: str, seed: int) -> None:
         self.avatar, self.clip, self.config, self.device = avatar.train(), clip, config, device
-        self.shapes = mouth_shapes(clip.track.landmarks[: clip.num_training_frames], avatar.config.conditioning.mouth_shapes)
+        track, used = clip.track, slice(0, clip.num_training_frames)
+        self.shapes = mouth_shapes(track.landmarks[used], track.head_pose[used], avatar.config.conditioning.mouth_shapes)
         self.average = Average(avatar, config.average_decay)
         self.modules: dict[str, nn.Module] = {"avatar": avatar, "average": self.average.module}
         self.rates = (config.learning_rate, config.renderer_rate, config.identity_rate * float(avatar.predictor.scale))
@@ -190,7 +193,7 @@ class _Lesson:
     def listen(self, progress: Progress) -> None:
         """Teach the audio encoder to tell the shape of the mouth."""
         config = self.config
-        optimizer = torch.optim.Adam(self.avatar.conditioner.parameters(), lr=config.listening_rate)
+        optimizer = torch.optim.AdamW(self.avatar.conditioner.parameters(), lr=config.listening_rate, weight_decay=config.listening_decay)
         for number in range(config.listening_steps):
             optimizer.param_groups[0]["lr"] = config.listening_rate * (1 - number / config.listening_steps)
             loss = self._hear(config.listening_frames)

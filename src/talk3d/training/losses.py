@@ -116,19 +116,37 @@ class MouthShapes:
     """Share of each component in the mouth's motion; sums to 1."""
 
 
-def mouth_shapes(landmarks: Float[Tensor, "t n 2"], num_components: int = 8) -> MouthShapes:
-    """Describe the mouth of each frame, with head motion in the picture plane taken out."""
+def mouth_shapes(landmarks: Float[Tensor, "t n 2"], head_pose: Float[Tensor, "t 3"], num_components: int = 8) -> MouthShapes:
+    """Describe the mouth of each frame, with the motion of the head taken out.
+
+    Turns, shifts and growth in the picture plane go by a similarity on the rigid points; what nods and turns out of the plane do to the mouth's
+    outline is the part that squares of the head's angles predict. The sound cannot tell how the head is held, so it must not be asked to.
+
+    Args:
+        landmarks: face points, pixels.
+        head_pose: yaw, pitch, roll, radians.
+        num_components: how many components; those that the frames do not have are zero.
+    """
     points = landmarks.float()
     middle = points.median(0).values[list(RIGID)]
     scale, rotation, shift = fit_similarity(points[:, list(RIGID)], middle.expand(len(points), -1, -1))
     mouth = scale[:, None, None] * points[:, list(MOUTH)] @ rotation.mT + shift[:, None]
     flat = mouth.flatten(1)
-    centred = flat - flat.mean(0)
+    centred = _without_pose(flat - flat.mean(0), head_pose.float())
     left, spread, _ = torch.linalg.svd(centred, full_matrices=False)
     values, weights = torch.zeros(len(flat), num_components), torch.zeros(num_components)
     count = min(num_components, len(spread))
     values[:, :count], weights[:count] = left[:, :count] * len(flat) ** 0.5, spread[:count]
     return MouthShapes(values=values, importance=weights / weights.sum().clamp(min=1e-9))
+
+
+def _without_pose(values: Float[Tensor, "t c"], head_pose: Float[Tensor, "t 3"]) -> Float[Tensor, "t c"]:
+    """Take out of centred values what a quadratic in the head's angles predicts; a faint ridge copes with a head that is still."""
+    angles = (head_pose - head_pose.mean(0)) / head_pose.std(0, correction=0).clamp(min=1e-3)
+    terms = torch.cat([angles, angles.square(), angles * angles.roll(1, 1)], 1)
+    terms = terms - terms.mean(0)
+    ridge = 0.01 * torch.eye(terms.shape[1])
+    return values - terms @ torch.linalg.solve(terms.mT @ terms + ridge, terms.mT @ values)
 
 
 def hearing_loss(
