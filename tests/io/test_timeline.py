@@ -1,8 +1,9 @@
 """Duplicates, cuts and constant rates on time stamps made by hand."""
 
 import numpy as np
+import pytest
 
-from talk3d.io.timeline import constant_rate, find_cuts, find_duplicates, retime
+from talk3d.io.timeline import constant_rate, find_cuts, find_duplicates, find_jumps, largest_since, retime
 
 
 def changes(count: int, seed: int = 0) -> np.ndarray:
@@ -59,3 +60,37 @@ def test_a_cut_stands_out_and_fast_motion_does_not():
     change[40] = 30.0
     change[60:70] = np.linspace(3, 9, 10)
     assert find_cuts(change) == [40]
+
+
+def test_a_jump_between_two_moments_of_one_person_stands_out_and_a_flash_of_repeats_does_not():
+    change = changes(120)
+    change[40], change[43], change[80] = 12.0, 11.0, 2.5
+    jumps = find_jumps(change)
+    assert find_cuts(change) == [40, 43]
+    assert jumps[40] > 2.5
+    assert jumps[80] < 1.5
+    held = np.full(240, 0.01)
+    held[::2] = change  # every picture shown twice
+    assert find_jumps(held)[::2] == pytest.approx(jumps, rel=0.2, abs=0.5)
+    assert not find_jumps(held)[1::2].any()
+
+
+def test_a_key_frame_of_a_coarse_codec_is_no_cut():
+    change = np.full(100, 0.5)
+    change[50] = 3.0
+    assert find_cuts(change) == []
+    assert find_jumps(change)[50] == pytest.approx(6.0)
+
+
+def test_pictures_shown_two_and_three_times_are_taken_out_of_sixty_a_second():
+    shown = np.floor(np.arange(600) * 25 / 60)
+    change = np.where(np.diff(shown, prepend=-1) > 0, changes(600), 0.05)
+    duplicate = find_duplicates(change)
+    assert duplicate.sum() == pytest.approx(350, abs=5)
+    assert not duplicate[np.diff(shown, prepend=-1) > 0].any()
+    assert not find_duplicates(np.r_[change[:12], np.full(300, 0.01)]).any()
+
+
+def test_a_frame_has_the_largest_value_of_the_pictures_it_passed():
+    values = np.array([9.0, 1, 5, 2, 3, 4])
+    assert largest_since(values, np.array([0, 1, 1, 4, 5])).tolist() == [0, 1, 0, 5, 4]

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from av.error import FFmpegError
 from av.video.reformatter import ColorRange, Colorspace
-from jaxtyping import Int64, UInt8
+from jaxtyping import Float, Int64, UInt8
 
 from talk3d.errors import MediaError
-from talk3d.io.timeline import constant_rate, find_cuts, find_duplicates, retime
+from talk3d.io.timeline import constant_rate, find_cuts, find_duplicates, find_jumps, largest_since, retime
 from talk3d.types import Waveform
 
 logger = logging.getLogger(__name__)
@@ -55,7 +55,9 @@ class VideoScan:
     source_index: Int64[np.ndarray, " t"]
     """For each frame at the constant rate, the number of the decoded picture that it shows."""
     cuts: tuple[int, ...]
-    """Frames that begin a new shot."""
+    """Frames that begin a new shot, as far as the whole picture tells."""
+    jumps: Float[np.ndarray, " t"]
+    """For each frame, how many times more it differs from the one before than its neighbours do; see `timeline.find_jumps`."""
     truncated: bool
     """The file ended before its own header said it would, or broke off with an error."""
 
@@ -130,6 +132,7 @@ def scan_video(path: str | Path, fps: float = 25.0) -> VideoScan:
         start_s=float(stamps[0]),
         source_index=source_index,
         cuts=tuple(int(np.searchsorted(source_index, cut)) for cut in find_cuts(change) if cut <= source_index[-1]),
+        jumps=largest_since(find_jumps(change), source_index),
         truncated=broken or len(stamps) < 0.9 * promised,
     )
 

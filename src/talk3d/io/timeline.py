@@ -1,11 +1,19 @@
 """Which picture of a video each frame at a constant rate shows: doubled pictures, shot changes, time stamps. Numbers in, numbers out."""
 
+from itertools import pairwise
+
 import numpy as np
 from jaxtyping import Float
-from scipy.ndimage import percentile_filter
+from scipy.ndimage import binary_closing, maximum_filter1d, minimum_filter1d, percentile_filter
 
 DUPLICATE_CEILING = 0.1
 """Mean grey-level difference (0..255) below which two frames may be the same picture."""
+HELD_CEILING = 0.3
+"""The same where every picture is repeated, so that pictures can be compared with their neighbours."""
+CUT_JUMP = 3.0
+"""How many times more the picture changes at a cut than around it."""
+CUT_FLOOR = 6.0
+"""Mean grey-level difference of a cut that is believed without a look at the face; key frames of coarse codecs reach 3."""
 
 
 def find_duplicates(change: Float[np.ndarray, " t"]) -> np.ndarray:
@@ -22,8 +30,8 @@ def find_duplicates(change: Float[np.ndarray, " t"]) -> np.ndarray:
     if len(found) < 6:
         return duplicate
     period = float(np.median(np.diff(found)))
-    if period < 2:  # repeats in a row: a still scene, or a rate so high that dropping pictures by time mends it
-        return duplicate
+    if period <= 2:
+        return _held(change)
     runs = np.split(found, np.flatnonzero(np.diff(found) > 3 * period + 1) + 1)
     for run in runs:
         steps = np.diff(run)
@@ -37,18 +45,49 @@ def find_duplicates(change: Float[np.ndarray, " t"]) -> np.ndarray:
     return duplicate
 
 
+def _held(change: np.ndarray) -> np.ndarray:
+    """Repeats where each picture is shown for 2, 3 or 4 places, even to one place, over at least a second; a still scene is none."""
+    duplicate = np.zeros(len(change), bool)
+    beside = maximum_filter1d(change, 3, mode="nearest")
+    repeats = (change < HELD_CEILING) & (change < 0.6 * beside)
+    shown = np.flatnonzero(~repeats)
+    lengths = np.diff(shown)
+    if not len(lengths):
+        return duplicate
+    low, high = minimum_filter1d(lengths, 6, mode="nearest"), maximum_filter1d(lengths, 6, mode="nearest")
+    even = binary_closing(np.pad((high <= 4) & (high - low <= 1) & (high >= 2), 12, mode="edge"), np.ones(13))[12:-12]
+    for run in np.split(np.arange(len(lengths)), np.flatnonzero(np.diff(even.astype(int))) + 1):
+        if len(run) >= 12 and even[run[0]]:
+            duplicate[shown[run[0]] : shown[run[-1]] + lengths[run[-1]]] = True
+    return duplicate & repeats
+
+
+def find_jumps(change: Float[np.ndarray, " t"]) -> Float[np.ndarray, " t"]:
+    """How many times more each picture differs from the one before than the five different pictures on either side do, their largest left out.
+
+    A cut stands out, also one that joins two moments of the same person; so does a key frame of a coarse codec.
+
+    Args:
+        change: mean grey-level difference of each picture from the one before.
+    """
+    jumps = np.zeros(len(change))
+    live = np.flatnonzero(change > DUPLICATE_CEILING)
+    live = live[live > 0]
+    moved = change[live]
+    for place, index in enumerate(live):
+        around = np.concatenate([moved[max(place - 5, 0) : place], moved[place + 1 : place + 6]])
+        usual = np.partition(around, -2)[-2] if len(around) > 1 else 0.0
+        jumps[index] = moved[place] / max(usual, 0.3)
+    return jumps
+
+
 def find_cuts(change: Float[np.ndarray, " t"]) -> list[int]:
     """Pictures that differ from the one before far more than their neighbours do: the first of each new shot.
 
     Args:
         change: mean grey-level difference of each picture from the one before.
     """
-    cuts = []
-    for index in np.flatnonzero(change > 3.0):
-        around = np.concatenate([change[max(index - 5, 1) : index], change[index + 1 : index + 6]])
-        if index > 0 and len(around) and change[index] > 3.0 * around.max():
-            cuts.append(int(index))
-    return cuts
+    return np.flatnonzero((find_jumps(change) > CUT_JUMP) & (change > CUT_FLOOR)).tolist()
 
 
 def retime(stamps: np.ndarray, duplicate: np.ndarray, step_s: float) -> np.ndarray:
@@ -72,3 +111,11 @@ def constant_rate(times: np.ndarray, fps: float, step_s: float) -> np.ndarray:
     due = np.floor((times - times[0]) * fps + 0.4999).astype(np.int64)  # halves fall to one side whatever the rounding of the stamps
     total = max(int(np.floor((times[-1] - times[0] + step_s) * fps + 0.4999)), int(due[-1]) + 1)
     return np.maximum(np.searchsorted(due, np.arange(total), side="right") - 1, 0)
+
+
+def largest_since(values: np.ndarray, source_index: np.ndarray) -> np.ndarray:
+    """For each frame, the largest value of the pictures after the one shown before, up to its own; 0 where a picture is repeated."""
+    largest = np.zeros(len(source_index))
+    for frame, (before, shown) in enumerate(pairwise([0, *source_index.tolist()])):
+        largest[frame] = values[before + 1 : shown + 1].max(initial=0.0)
+    return largest
