@@ -43,7 +43,7 @@ def frames(length_s: float, seed: int = 0) -> np.ndarray:
 @pytest.mark.parametrize("late_ms", [0, 280, -280, 35, 600])
 def test_the_shift_is_found_within_a_hundredth_of_a_second(late_ms: int):
     points = frames(16)
-    found = sound_offset(points, np.ones(len(points), bool), voice(16, late_ms / 1000), FPS)
+    found = sound_offset(points, np.arange(len(points)), voice(16, late_ms / 1000), FPS)
     assert found is not None
     assert found.sure
     assert found.late_s == pytest.approx(late_ms / 1000, abs=0.01)
@@ -54,7 +54,7 @@ def test_the_shift_is_found_within_a_hundredth_of_a_second(late_ms: int):
 
 def test_another_rate_and_noise_do_not_matter():
     points = face(syllables((np.arange(480) + 0.5) / 30))
-    found = sound_offset(points, np.ones(480, bool), voice(16, 0.2, noise=0.05), 30.0)
+    found = sound_offset(points, np.arange(480), voice(16, 0.2, noise=0.05), 30.0)
     assert found is not None
     assert found.sure
     assert found.late_s == pytest.approx(0.2, abs=0.015)
@@ -62,7 +62,7 @@ def test_another_rate_and_noise_do_not_matter():
 
 def test_the_same_clip_twice_gives_the_same_numbers():
     points, sound = frames(10), voice(10, 0.1, noise=0.1)
-    first, second = (sound_offset(points, np.ones(250, bool), sound, FPS) for _ in range(2))
+    first, second = (sound_offset(points, np.arange(250), sound, FPS) for _ in range(2))
     assert first is not None
     assert second is not None
     assert (first.late_s, first.spread_s, first.agreement) == (second.late_s, second.spread_s, second.agreement)
@@ -71,34 +71,34 @@ def test_the_same_clip_twice_gives_the_same_numbers():
 def test_a_voice_of_another_film_is_never_sure():
     points = frames(16, seed=1)
     for seed in range(2, 8):
-        found = sound_offset(points, np.ones(400, bool), voice(16, 0.0, seed), FPS)
+        found = sound_offset(points, np.arange(400), voice(16, 0.0, seed), FPS)
         assert found is not None
         assert not found.sure
 
 
 def test_short_clips_and_shifts_out_of_reach_are_not_sure():
-    short = sound_offset(frames(5), np.ones(125, bool), voice(5, 0.1), FPS)
+    short = sound_offset(frames(5), np.arange(125), voice(5, 0.1), FPS)
     assert short is not None
     assert not short.sure
     assert short.late_s == pytest.approx(0.1, abs=0.02)
-    far = sound_offset(frames(16), np.ones(400, bool), voice(16, REACH_S + 0.3), FPS)
+    far = sound_offset(frames(16), np.arange(400), voice(16, REACH_S + 0.3), FPS)
     assert far is not None
     assert not far.sure
 
 
 def test_frames_without_a_face_and_jumps_at_cuts_do_not_count():
-    points, seen = frames(24), np.ones(600, bool)
-    points[200:300], seen[200:300] = 0, False
-    points[400:] = frames(24)[400:] * np.float32(1.7)
-    found = sound_offset(points, seen, voice(24, 0.12), FPS, (400,))
+    points = frames(24)
+    points[400:] *= np.float32(1.7)
+    seen = np.r_[0:200, 300:600]
+    found = sound_offset(points[seen], seen, voice(24, 0.12), FPS, (400,))
     assert found is not None
     assert found.sure
     assert found.late_s == pytest.approx(0.12, abs=0.01)
 
 
 def test_silence_a_still_face_and_next_to_nothing_give_no_number():
-    seen = np.ones(250, bool)
+    seen = np.arange(250)
     assert sound_offset(frames(10), seen, Waveform(samples=torch.zeros(160000), sample_rate_hz=RATE), FPS) is None
     assert sound_offset(face(np.full(250, 0.3)), seen, voice(10, 0), FPS) is None
-    assert sound_offset(frames(10), ~seen, voice(10, 0), FPS) is None
+    assert sound_offset(frames(10)[:0], seen[:0], voice(10, 0), FPS) is None
     assert sound_offset(frames(1.5), seen[:38], voice(1.5, 0), FPS) is None

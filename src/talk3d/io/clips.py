@@ -1,6 +1,7 @@
 """Clips, and data sets of heads for pretraining, on disk."""
 
 import json
+import mmap
 import os
 import shutil
 from collections.abc import Callable
@@ -40,8 +41,8 @@ def save_clip(clip: Clip, path: Path) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         partial.mkdir(parents=True)
-        np.save(partial / "frames.npy", clip.frames)
-        np.save(partial / "masks.npy", clip.masks.person)
+        _write_array(partial / "frames.npy", clip.frames)
+        _write_array(partial / "masks.npy", clip.masks.person)
         save_file(_tensors(clip), partial / "track.safetensors")
         (partial / "clip.json").write_text(json.dumps(_facts(clip), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         _swap(partial, path)
@@ -70,6 +71,20 @@ def load_clip(path: str | Path) -> Clip:
         return _assemble(facts, load_file(path / "track.safetensors"), frames, mattes)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise MediaError(f"the clip {path} is damaged ({error}): track the video again") from error
+
+
+def _write_array(path: Path, array: np.ndarray, chunk: int = 128) -> None:
+    """Write a .npy file piece by piece, so that an array that is mapped from disk is never all in memory."""
+    mapped: Any = array
+    while isinstance(mapped, np.ndarray):
+        mapped = mapped.base
+    with path.open("wb") as file:
+        header = {"descr": np.lib.format.dtype_to_descr(array.dtype), "fortran_order": False, "shape": array.shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        for start in range(0, len(array), chunk):
+            file.write(array[start : start + chunk].tobytes())
+            if isinstance(mapped, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+                mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def _tensors(clip: Clip) -> dict[str, torch.Tensor]:

@@ -1,9 +1,10 @@
 """Which picture of a video each frame at a constant rate shows: doubled pictures, shot changes, time stamps. Numbers in, numbers out."""
 
+from collections.abc import Iterable
 from itertools import pairwise
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from scipy.ndimage import binary_closing, maximum_filter1d, minimum_filter1d, percentile_filter
 
 DUPLICATE_CEILING = 0.1
@@ -12,6 +13,8 @@ HELD_CEILING = 0.3
 """The same where every picture is repeated, so that pictures can be compared with their neighbours."""
 CUT_JUMP = 3.0
 """How many times more the picture changes at a cut than around it."""
+FACE_JUMP = 1.6
+"""The same where the face jumps as well."""
 CUT_FLOOR = 6.0
 """Mean grey-level difference of a cut that is believed without a look at the face; key frames of coarse codecs reach 3."""
 
@@ -88,6 +91,29 @@ def find_cuts(change: Float[np.ndarray, " t"]) -> list[int]:
         change: mean grey-level difference of each picture from the one before.
     """
     return np.flatnonzero((find_jumps(change) > CUT_JUMP) & (change > CUT_FLOOR)).tolist()
+
+
+def shot_starts(
+    cuts: Iterable[int], jumps: Float[np.ndarray, " t"], frames: Int[np.ndarray, " s"], points: Float[np.ndarray, "s n 2"]
+) -> tuple[int, ...]:
+    """Frames at which a new shot begins: cuts of the whole picture, and frames where picture and face both jump, as between two takes of one person.
+
+    Args:
+        cuts: frames that are known to be cuts.
+        jumps: of all frames, see `find_jumps`.
+        frames: those in which a face was seen, ascending.
+        points: the face's points there, px.
+    """
+    size = np.median(np.ptp(points, axis=1)) if len(points) else 1.0
+    moved = np.zeros(len(jumps))
+    moved[frames[1:]] = np.linalg.norm(np.diff(points, axis=0), axis=-1).mean(-1) / size * (np.diff(frames) == 1)
+    starts = set(cuts)
+    for frame in np.flatnonzero((jumps > FACE_JUMP) & (moved > 0.01)).tolist():
+        around = np.concatenate([moved[max(frame - 5, 0) : frame], moved[frame + 1 : frame + 6]])
+        jump = moved[frame] / max(np.partition(around, -2)[-2] if len(around) > 1 else 0.0, 0.003)
+        if jump > FACE_JUMP and jump * jumps[frame] > 2.5 * FACE_JUMP:
+            starts.add(frame)
+    return tuple(sorted(starts))
 
 
 def retime(stamps: np.ndarray, duplicate: np.ndarray, step_s: float) -> np.ndarray:

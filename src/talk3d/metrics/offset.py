@@ -9,7 +9,7 @@ Reference: Hershey and Movellan, Audio vision: using audio-visual synchrony to l
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Float, Int
 from scipy.ndimage import gaussian_filter1d
 from scipy.signal import butter, sosfiltfilt
 
@@ -53,22 +53,22 @@ class SoundOffset:
 
 
 def sound_offset(
-    landmarks: Float[np.ndarray, "t n 2"], seen: Bool[np.ndarray, " t"], waveform: Waveform, fps: float, starts: tuple[int, ...] = ()
+    landmarks: Float[np.ndarray, "t n 2"], frames: Int[np.ndarray, " t"], waveform: Waveform, fps: float, starts: tuple[int, ...] = ()
 ) -> SoundOffset | None:
     """Estimate how late the sound is, or None where lips or sound do not move, or all is over in two seconds.
 
     Measured with the offset known: two films in step gave -7 and +18 ms, so nothing is subtracted for lips that move before the sound.
 
     Args:
-        landmarks: MediaPipe's face points per frame, px.
-        seen: frames whose points were measured.
+        landmarks: MediaPipe's face points, px, of the frames in which a face was seen.
+        frames: which these are, ascending.
         waveform: sample 0 is the start of frame 0.
         fps: frames a second, at least 10.
         starts: frames at which a new shot begins.
     """
-    mouth, times = _mouth_motion(landmarks, seen, fps, starts)
+    mouth, times = _mouth_motion(landmarks, frames, fps, starts)
     loud = _loudness(waveform)
-    if len(mouth) < BLOCK_S * fps or loud is None:
+    if not len(mouth) or loud is None:
         return None
     lags = np.arange(-round(REACH_S / LAG_S), round(REACH_S / LAG_S) + 1) * LAG_S
     grid = np.arange(len(loud)) * STEP_S
@@ -95,26 +95,20 @@ def sound_offset(
     )
 
 
-def _mouth_motion(landmarks: np.ndarray, seen: np.ndarray, fps: float, starts: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """How far lips and jaw are apart at the pace of syllables, for all frames in unbroken stretches of a second or more; and their mid-times in s."""
+def _mouth_motion(landmarks: np.ndarray, frames: np.ndarray, fps: float, starts: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """How far lips and jaw are apart at the pace of syllables, in all unbroken stretches of a second or more; and their mid-times in s."""
     points = landmarks.astype(np.float64)
     eyes = np.linalg.norm(points[:, LEFT_EYE_CORNERS[0]] - points[:, RIGHT_EYE_CORNERS[0]], axis=-1).clip(1e-6)
     lips = np.mean([np.linalg.norm(points[:, upper] - points[:, lower], axis=-1) for upper, lower in INNER_LIPS], 0) / eyes
     jaw = np.linalg.norm(points[:, NOSE_BRIDGE] - points[:, CHIN], axis=-1) / eyes
-    breaks = np.union1d(np.asarray(starts, int), np.flatnonzero(np.diff(seen.astype(int))) + 1)
+    breaks = np.union1d(np.flatnonzero(np.diff(frames) != 1) + 1, np.searchsorted(frames, np.asarray(starts, int)))
     pace = butter(2, (SYLLABLES_HZ[0], min(SYLLABLES_HZ[1], 0.4 * fps)), "bandpass", fs=fps, output="sos")
-    motions, frames = [], []
-    for run in np.split(np.arange(len(points)), breaks):
-        if len(run) >= fps and seen[run[0]]:
-            motions.append(sosfiltfilt(pace, np.stack([lips[run], jaw[run]]), axis=-1))
-            frames.append(run)
-    if not motions:
+    runs = [run for run in np.split(np.arange(len(points)), breaks) if len(run) >= fps]
+    motions = [sosfiltfilt(pace, np.stack([lips[run], jaw[run]]), axis=-1) for run in runs]
+    both = np.concatenate([np.zeros((2, 0)), *motions], -1)
+    if both.shape[-1] < BLOCK_S * fps or both[0].std() < 1e-4:
         return np.zeros(0), np.zeros(0)
-    both = np.concatenate(motions, -1)
-    spread = both.std(-1, keepdims=True)
-    if spread[0] < 1e-4:
-        return np.zeros(0), np.zeros(0)
-    return (both / spread.clip(1e-6)).sum(0), (np.concatenate(frames) + 0.5) / fps
+    return (both / both.std(-1, keepdims=True).clip(1e-6)).sum(0), (frames[np.concatenate(runs)] + 0.5) / fps
 
 
 def _loudness(waveform: Waveform) -> np.ndarray | None:

@@ -6,7 +6,7 @@ Streams through the video three times (time stamps, faces, crops), so memory doe
 import hashlib
 import logging
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -14,11 +14,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Bool, Float
 from PIL import Image
 from torch import Tensor
 
 from talk3d.errors import ConfigError, MediaError, TrackingError
 from talk3d.io.media import VideoScan, read_audio, read_video, scan_video
+from talk3d.io.timeline import shot_starts
+from talk3d.metrics.capture import CaptureReport, FaceMeasures, capture_report
 from talk3d.ops.geometry import CAMERA_FOCAL, HEAD_PIVOT, view_angles
 from talk3d.perception.headpose import HeadMotion, load_template, solve_head_pose
 from talk3d.perception.landmarks import FaceModel, FaceTracker, load_face_model, normalize_blink
@@ -30,6 +33,8 @@ logger = logging.getLogger(__name__)
 
 ANCHOR_POINTS = (168, 263, 33)
 """Nose bridge, outer corners of the left and the right eye."""
+MOST_POINTS = 478
+"""Points of a face, irises and all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +51,8 @@ class TrackConfig:
     """Longest time without a face that is bridged; a longer one ends the stretch that is used."""
     min_length_s: float = 1.0
     """Shortest stretch with a face that makes a clip."""
+    audio_offset_ms: float = 0.0
+    """How late the sound of the video comes, as `talk3d check` measured it: it is moved forward by this much."""
 
     def __post_init__(self) -> None:
         """Refuse numbers that cannot work."""
@@ -58,18 +65,22 @@ class TrackConfig:
                 f"track needs lengths in seconds that are not negative, got held out {self.held_out_s}, gap {self.max_gap_s}, "
                 f"shortest {self.min_length_s}: leave them out for good ones"
             )
+        if not abs(self.audio_offset_ms) <= 10_000:
+            raise ConfigError(f"track moves sound by at most 10 s, got {self.audio_offset_ms} ms: give the milliseconds that `talk3d check` names")
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Faces:
+class Faces:
     """What the first look found in frames start … start + t."""
 
     start: int
-    landmarks: Tensor
-    eyes_shut: Tensor
-    score: Tensor
-    seen: Tensor
+    landmarks: Float[Tensor, "t n 2"]
+    """Source px."""
+    eyes_shut: Float[Tensor, "t 2"]
+    score: Float[Tensor, " t"]
+    seen: Bool[Tensor, " t"]
     crowd: list[int]
+    """For each look at the whole picture, how many faces of similar size there were."""
 
 
 def track(
@@ -79,6 +90,7 @@ def track(
     face_model: Path | None = None,
     template: Tensor | None = None,
     progress: Progress = silent,
+    review: Callable[[CaptureReport], None] = lambda report: None,
 ) -> Clip:
     """Turn a video of one talking person into a clip.
 
@@ -90,6 +102,7 @@ def track(
         face_model: a face_landmarker.task; by default the one in the cache folder, else the models of the package registry.
         template: mean face points of the prior's head space; by default those of the builtin prior.
         progress: hears of every frame.
+        review: hears what the capture check found, before the longer half of the work; what it raises stops the work.
 
     Raises:
         MediaError: the file cannot be read, is shorter than a second, or has no sound.
@@ -103,60 +116,81 @@ def track(
         )
     waveform = read_audio(video, SAMPLE_RATE_HZ)
     model = load_face_model(face_model)
-    faces = _find_faces(scan, model, config, progress)
+    faces = find_faces(scan, model, config, progress)
     num_frames = len(faces.landmarks)
-    cuts = tuple(cut - faces.start for cut in scan.cuts if faces.start < cut < faces.start + num_frames)
+    cuts = _cuts_inside(scan, faces)
     size = (scan.width_px, scan.height_px)
     builtin = load_template(model.kind)
     head = builtin if template is None else replace(builtin, points=template.float().cpu())
     motion = solve_head_pose(faces.landmarks, head, size, faces.seen, cuts)
+    waveform = cut_sound(waveform, faces.start / config.fps + config.audio_offset_ms / 1000, num_frames / config.fps)
+    face = measures(faces, np.arange(num_frames), motion, model)
+    check = capture_report(scan, face, waveform, cuts=cuts, start=faces.start, num_frames=num_frames, applied_ms=config.audio_offset_ms)
+    review(check)
     crop = _crop_maps(motion, size, config.size_px)
     matting = SelfieMatting()
     frames, mattes = _write_crops(scan, faces.start, crop, config.size_px, matting, progress)
-    waveform = _cut_sound(waveform, faces.start, num_frames, config.fps)
-    face_track = _face_track(faces, motion, crop, size, config.size_px)
-    held_out = min(round(config.held_out_s * config.fps), num_frames // 5)
     return Clip(
         frames=frames,
         fps=config.fps,
         waveform=waveform,
         audio=speech_features(waveform, num_frames, config.fps),
-        track=face_track,
+        track=_face_track(faces, motion, crop, size, config.size_px),
         masks=FaceMasks(person=mattes, source=matting.source),
         source=str(video),
         source_sha256=sha256_of(Path(video)),
-        num_training_frames=num_frames - held_out,
-        check=_check(scan, faces, motion, crop, waveform, model, face_track),
+        num_training_frames=num_frames - min(round(config.held_out_s * config.fps), num_frames // 5),
+        check=check,
     )
 
 
-def _find_faces(scan: VideoScan, model: FaceModel, config: TrackConfig, progress: Progress) -> _Faces:
-    """Follow the face through all frames and keep the longest stretch without long gaps."""
+def _cuts_inside(scan: VideoScan, faces: Faces) -> tuple[int, ...]:
+    """Frames of the clip at which a new shot begins."""
+    inside = torch.nonzero(faces.seen)[:, 0]
+    starts = shot_starts(scan.cuts, scan.jumps, inside.numpy() + faces.start, faces.landmarks[inside].numpy())
+    return tuple(cut - faces.start for cut in starts if 0 < cut - faces.start < len(faces.landmarks))
+
+
+def find_faces(scan: VideoScan, model: FaceModel, config: TrackConfig, progress: Progress) -> Faces:
+    """Follow the face through all frames and keep the longest stretch without long gaps.
+
+    Args:
+        scan: of the video.
+        model: what finds the face.
+        config: how long a gap may be, and how short the stretch.
+        progress: hears of every frame.
+
+    Raises:
+        TrackingError: no face, several faces, or too short a stretch with one.
+    """
     tracker = FaceTracker(model, survey_every=round(config.fps))
     cuts = set(scan.cuts)
-    landmarks: dict[int, np.ndarray] = {}
-    eyes: dict[int, tuple[float, float]] = {}
-    scores: dict[int, float] = {}
+    landmarks = np.zeros((scan.num_frames, MOST_POINTS, 2), np.float32)  # one block: many small arrays would scatter over the memory
+    eyes, scores = np.zeros((scan.num_frames, 2), np.float32), np.zeros(scan.num_frames, np.float32)
+    known: list[int] = []
+    num_points = MOST_POINTS
     for index, frame in enumerate(read_video(scan.path, scan=scan)):
         if index in cuts:
             tracker.cut()
         seen = tracker.follow(frame)
         if seen is not None:
-            landmarks[index], eyes[index], scores[index] = seen.landmarks, seen.eyes_shut, seen.score
-        progress("faces", index + 1, scan.num_frames, {"missed": index + 1 - len(landmarks)})
+            num_points = len(seen.landmarks)
+            landmarks[index, :num_points], eyes[index], scores[index] = seen.landmarks, seen.eyes_shut, seen.score
+            known.append(index)
+        progress("faces", index + 1, scan.num_frames, {"missed": index + 1 - len(known)})
     _refuse_crowds(scan, tracker.crowd)
-    start, end = _longest_stretch(sorted(landmarks), round(config.max_gap_s * config.fps))
+    start, end = _longest_stretch(known, round(config.max_gap_s * config.fps))
     if end - start < config.min_length_s * config.fps:
-        found = f"a face for only {(end - start) / config.fps:.1f} s in a row" if landmarks else "no face"
+        found = f"a face for only {(end - start) / config.fps:.1f} s in a row" if known else "no face"
         raise TrackingError(f"{scan.path} shows {found}: give a video in which one face, turned towards the camera, is in view for some seconds")
     wanted = np.arange(start, end)
-    known = [index for index in sorted(landmarks) if start <= index < end]
-    return _Faces(
+    inside = np.array([index for index in known if start <= index < end])
+    return Faces(
         start=start,
-        landmarks=_interpolate(wanted, known, np.stack([landmarks[index] for index in known])),
-        eyes_shut=_interpolate(wanted, known, np.array([eyes[index] for index in known])),
-        score=torch.tensor([scores.get(index, 0.0) for index in wanted.tolist()]),
-        seen=torch.from_numpy(np.isin(wanted, known)),
+        landmarks=_interpolate(wanted, inside, landmarks[inside, :num_points]),
+        eyes_shut=_interpolate(wanted, inside, eyes[inside]),
+        score=torch.from_numpy(scores[start:end]),
+        seen=torch.from_numpy(np.isin(wanted, inside)),
         crowd=tracker.crowd,
     )
 
@@ -178,7 +212,7 @@ def _longest_stretch(seen: list[int], max_gap: int) -> tuple[int, int]:
     return max(zip(starts, ends, strict=True), key=lambda stretch: stretch[1] - stretch[0])
 
 
-def _interpolate(wanted: np.ndarray, known: list[int], values: np.ndarray) -> Tensor:
+def _interpolate(wanted: np.ndarray, known: np.ndarray, values: np.ndarray) -> Tensor:
     """Values at all wanted frames, linear between known ones."""
     if len(wanted) == len(known):
         return torch.from_numpy(values).float()
@@ -237,7 +271,7 @@ def crop_picture(frame: np.ndarray, crop: np.ndarray, crop_px: int) -> np.ndarra
     return np.asarray(picture)
 
 
-def _face_track(faces: _Faces, motion: HeadMotion, crop: np.ndarray, size: tuple[int, int], crop_px: int) -> FaceTrack:
+def _face_track(faces: Faces, motion: HeadMotion, crop: np.ndarray, size: tuple[int, int], crop_px: int) -> FaceTrack:
     """Everything known of the face, in crop px and head space."""
     cam2world = motion.cam2world()
     middle = torch.tensor([size[0] / 2, size[1] / 2], dtype=torch.float64)
@@ -258,74 +292,35 @@ def _face_track(faces: _Faces, motion: HeadMotion, crop: np.ndarray, size: tuple
     )
 
 
-def _cut_sound(waveform: Waveform, start: int, num_frames: int, fps: float) -> Waveform:
-    """The sound of these frames, silence where the track ends early."""
+def cut_sound(waveform: Waveform, start_s: float, length_s: float) -> Waveform:
+    """The sound of this span of time, silence where there is none."""
     rate = waveform.sample_rate_hz
-    first, last = round(start / fps * rate), round((start + num_frames) / fps * rate)
-    samples = waveform.samples[first:last]
-    return Waveform(samples=torch.nn.functional.pad(samples, (0, last - first - len(samples))), sample_rate_hz=rate)
+    first, last = round(start_s * rate), round((start_s + length_s) * rate)
+    samples = waveform.samples[max(first, 0) : max(last, 0)]
+    before = min(max(-first, 0), last - first)
+    return Waveform(samples=torch.nn.functional.pad(samples, (before, last - first - before - len(samples))), sample_rate_hz=rate)
 
 
-def _check(
-    scan: VideoScan, faces: _Faces, motion: HeadMotion, crop: np.ndarray, waveform: Waveform, model: FaceModel, face_track: FaceTrack
-) -> dict[str, Any]:
-    """What was noticed, as plain numbers and words, and warnings of one line each."""
-    num_frames = len(crop)
-    rms = float(waveform.samples.square().mean().sqrt())
-    side = float(motion.focal_px / CAMERA_FOCAL)
-    facts: dict[str, Any] = {
-        "source_fps": round(scan.source_fps, 3),
-        "true_fps": round(scan.true_fps, 3),
-        "frames_decoded": scan.num_decoded,
-        "duplicates": scan.num_duplicates,
-        "repeated": scan.num_repeated,
-        "dropped": scan.num_dropped,
-        "rotation_deg": scan.rotation_deg,
-        "truncated": scan.truncated,
-        "cuts_s": [round(cut / scan.fps, 2) for cut in scan.cuts],
-        "landmarks": model.source,
-        "faces": max(faces.crowd, default=1),
-        "frames": num_frames,
-        "first_frame": faces.start,
-        "missed_frames": int((~faces.seen).sum()),
-        "length_s": round(num_frames / scan.fps, 3),
-        "audio_rms_db": round(20 * float(np.log10(max(rms, 1e-6))), 1),
-        "silent_share": round(_silent_share(waveform), 3),
-        "crop_side_px": round(side, 1),
-        "pose_residual_px": round(float(motion.residual_px.nanmedian()), 2),
-        "yaw_deg": [round(float(torch.rad2deg(face_track.head_pose[:, 0].quantile(share))), 1) for share in (0.01, 0.99)],
-    }
-    return {**facts, "warnings": list(_warnings(facts, scan))}
+def measures(faces: Faces, frames: np.ndarray, motion: HeadMotion, model: FaceModel) -> FaceMeasures:
+    """What the capture check needs to know of the face.
 
-
-def _warnings(facts: dict[str, Any], scan: VideoScan) -> Iterator[str]:
-    """One line for each thing that the user may want to mend."""
-    if scan.num_duplicates:
-        doubled = f"{scan.num_duplicates} of {scan.num_decoded} frames are doubled and were left out"
-        yield f"{doubled}: the video really has {scan.true_fps:.2f} frames a second"
-    if scan.truncated:
-        yield "the file ends before it should: only its readable part was used; copy or export it again"
-    if facts["audio_rms_db"] < -60:
-        yield "the sound is silent: lips cannot be learnt from it; record with a microphone"
-    elif facts["audio_rms_db"] < -40:
-        yield f"the sound is quiet ({facts['audio_rms_db']:.0f} dB): record closer to the microphone"
-    if scan.cuts:
-        yield f"the shot changes {len(scan.cuts)} times: one continuous shot is learnt best"
-    if facts["missed_frames"]:
-        yield f"the face was not found in {facts['missed_frames']} frames, which were bridged"
-    if facts["frames"] < scan.num_frames:
-        yield f"only {facts['length_s']:.1f} s of the video show the face without a long gap, the rest was left out"
-    if facts["crop_side_px"] < 200:
-        yield f"the head is small ({facts['crop_side_px']:.0f} px): film closer, or at a higher resolution"
-    if facts["length_s"] < 20:
-        yield f"the clip is short ({facts['length_s']:.0f} s): some minutes are learnt best"
-
-
-def _silent_share(waveform: Waveform) -> float:
-    """Share of 20 ms pieces quieter than -50 dB."""
-    step = waveform.sample_rate_hz // 50
-    pieces = waveform.samples[: len(waveform.samples) // step * step].reshape(-1, step)
-    return float((pieces.square().mean(-1) < 1e-5).float().mean()) if len(pieces) else 1.0
+    Args:
+        faces: what was found.
+        frames: their numbers on the clip's time.
+        motion: of the head through them.
+        model: what found them.
+    """
+    return FaceMeasures(
+        frames=frames,
+        landmarks=faces.landmarks,
+        seen=torch.nonzero(faces.seen)[:, 0].numpy(),
+        head_pose=view_angles(motion.cam2world()[:, :3, :3]).float(),
+        blink=normalize_blink(faces.eyes_shut),
+        crop_side_px=motion.focal_px / CAMERA_FOCAL,
+        residual_px=float(motion.residual_px.nanmedian()),
+        crowd=max(faces.crowd, default=1),
+        source=model.source,
+    )
 
 
 def sha256_of(path: Path) -> str:

@@ -1,0 +1,398 @@
+"""What a video is good for: everything the capture check measures, judges and advises, from one pass over the sound and the face.
+
+Numbers in, one plain dict out, the `Clip.check`. Thresholds are at the top, keys in `CaptureReport`. Reads no file.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypedDict, cast
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from talk3d.io.media import VideoScan
+from talk3d.metrics.offset import SoundOffset, sound_offset
+from talk3d.perception.landmarks import LEFT_EYE_CORNERS, RIGHT_EYE_CORNERS, mouth_opening
+from talk3d.types import Waveform
+
+Verdict = Literal["ok", "usable with warnings", "refuse"]
+Judgement = Literal["ok", "warning", "refuse"]
+
+SHORT_S, TOO_SHORT_S = 20.0, 3.0
+SLOW_FPS = 20.0
+SMALL_PX, TOO_SMALL_PX = 200.0, 80.0
+SILENT_DB, QUIET_DB = -60.0, -40.0
+NOISY_DB = 15.0
+CLIPPED_SHARE = 1e-3
+LATE_MS = 60.0
+STILL_YAW_DEG, WIDE_YAW_DEG = 10.0, 50.0
+SHUT_MOUTH = 0.06
+"""Least opening of the lips, in distances between the eyes."""
+NUM_PLOTTED = 240
+
+
+class Line(TypedDict):
+    """One row of the table."""
+
+    what: str
+    found: str
+    judgement: Judgement
+    advice: str
+    """What to do; empty where nothing is wrong."""
+
+
+class CaptureReport(TypedDict, total=False):
+    """`Clip.check`: what was measured and noticed; what could not be measured is missing. All of it can be written as JSON."""
+
+    verdict: Verdict
+    lines: list[Line]
+    """The table, in the order in which it is shown."""
+    warnings: list[str]
+    """Of the lines that are not ok: what was found and what to do."""
+    source_fps: float
+    """What the time stamps say."""
+    true_fps: float
+    """Different pictures a second."""
+    frames_decoded: int
+    duplicates: int
+    """Doubled pictures that were left out."""
+    repeated: int
+    """Frames that show the picture before once more, to come to the constant rate."""
+    dropped: int
+    """Pictures left out to come to the constant rate."""
+    size_px: list[int]
+    """Width and height of the upright picture."""
+    rotation_deg: int
+    truncated: bool
+    frames: int
+    """Frames of the clip (of the whole video, for `talk3d check`), at the constant rate."""
+    first_frame: int
+    """Where the clip begins in the constant-rate video."""
+    video_frames: int
+    """Of the whole constant-rate video."""
+    looked_frames: int
+    """In how many frames the face was looked for: all of them, but for `talk3d check` of a long video."""
+    missed_frames: int
+    """In how many of these it was not found."""
+    length_s: float
+    cuts: list[int]
+    """Frames of the clip at which a new shot begins."""
+    cuts_s: list[float]
+    faces: int
+    """Most faces of similar size that were seen together."""
+    landmarks: str
+    """Which face model found the points."""
+    crop_side_px: float
+    """Side of the square round the head in the video."""
+    eye_distance_px: float
+    """Between the outer corners of the eyes, median."""
+    pose_residual_px: float
+    """Between seen and projected rigid points of the face, median."""
+    yaw_deg: list[float]
+    """1 % and 99 % of the frames turn the head less than this."""
+    pitch_deg: list[float]
+    mouth_open: list[float]
+    """2 % and 98 % of the opening of the lips, in distances between the eyes."""
+    mouth_wide: list[float]
+    """The same of the distance between the corners of the mouth."""
+    blinks: int
+    blinks_per_min: float
+    audio_rms_db: float
+    """Full scale is 0."""
+    silent_share: float
+    """Share of 20 ms pieces quieter than -50 dB."""
+    noise_db: float
+    """Level of the quietest tenth of the sound."""
+    speech_db: float
+    """Level of the loudest tenth."""
+    clipped_share: float
+    """Share of samples at full scale."""
+    audio_offset_ms: float | None
+    """The sound comes this much after the picture; None where that is not sure."""
+    audio_offset_guess_ms: float | None
+    """The same, sure or not; None where sound or lips do not move."""
+    audio_offset_spread_ms: float | None
+    """Half the range of two thirds of the guesses from parts of the video."""
+    audio_offset_agreement: float
+    """Share of the guesses from parts of the video that are within 60 ms; sure from 0.95 on, if there are 8 s or more."""
+    audio_offset_applied_ms: float
+    """By how much the sound was moved forward before any of this was measured."""
+    series: dict[str, list[float]]
+    """For plots: time_s with yaw_deg, pitch_deg, mouth, blink, level_db; and lag_ms with lag_correlation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FaceMeasures:
+    """What tracking knows of the face, of all frames that were looked at."""
+
+    frames: Int[np.ndarray, " t"]
+    """Their numbers on the clip's time, ascending."""
+    landmarks: Float[Tensor, "t n 2"]
+    """Source px; interpolated where not seen."""
+    seen: Int[np.ndarray, " s"]
+    """Which of them show a face: indices into `frames`."""
+    head_pose: Float[Tensor, "t 3"]
+    blink: Float[Tensor, "t 1"]
+    crop_side_px: float
+    residual_px: float
+    crowd: int
+    """Most faces of similar size seen together."""
+    source: str
+    """Which face model found the points."""
+
+
+def capture_report(
+    scan: VideoScan,
+    face: FaceMeasures | None,
+    waveform: Waveform | None,
+    *,
+    cuts: tuple[int, ...] = (),
+    start: int = 0,
+    num_frames: int | None = None,
+    applied_ms: float = 0.0,
+    problems: tuple[Line, ...] = (),
+) -> CaptureReport:
+    """Measure, judge and advise.
+
+    Args:
+        scan: of the video.
+        face: of the frames that were looked at, if it was found.
+        waveform: if there is sound; sample 0 is the start of frame 0 of the clip.
+        cuts: frames of the clip at which a new shot begins.
+        start: where the clip begins in the constant-rate video.
+        num_frames: of the clip; to the end of the video if None.
+        applied_ms: by how much the sound has been moved already.
+        problems: lines that are known before.
+    """
+    report: dict[str, Any] = _picture(scan, cuts, start, scan.num_frames - start if num_frames is None else num_frames)
+    if face is not None:
+        report |= _face(face, scan.fps)
+    if waveform is not None:
+        report |= {**_sound(waveform), "audio_offset_applied_ms": applied_ms}
+    if face is not None and waveform is not None:
+        offset = sound_offset(face.landmarks.numpy()[face.seen], face.frames[face.seen], waveform, scan.fps, cuts)
+        report |= {
+            "audio_offset_ms": round(offset.late_s * 1000, 1) if offset and offset.sure else None,
+            "audio_offset_guess_ms": round(offset.late_s * 1000, 1) if offset else None,
+            "audio_offset_spread_ms": round(offset.spread_s * 1000, 1) if offset else None,
+            "audio_offset_agreement": round(offset.agreement, 3) if offset else 0.0,
+            "series": _series(face, waveform, scan.fps, offset),
+        }
+    lines = [*problems, *judge(report)]
+    judgements = {line["judgement"] for line in lines}
+    verdict: Verdict = "refuse" if "refuse" in judgements else "usable with warnings" if "warning" in judgements else "ok"
+    warnings = [f"{line['found']}: {line['advice']}" for line in lines if line["judgement"] != "ok"]
+    return cast(CaptureReport, {"verdict": verdict, "lines": lines, "warnings": warnings, **report})
+
+
+def _picture(scan: VideoScan, cuts: tuple[int, ...], start: int, num_frames: int) -> dict[str, Any]:
+    """What the file and its pictures are."""
+    return {
+        "source_fps": round(scan.source_fps, 3),
+        "true_fps": round(scan.true_fps, 3),
+        "frames_decoded": scan.num_decoded,
+        "duplicates": scan.num_duplicates,
+        "repeated": scan.num_repeated,
+        "dropped": scan.num_dropped,
+        "size_px": [scan.width_px, scan.height_px],
+        "rotation_deg": scan.rotation_deg,
+        "truncated": scan.truncated,
+        "frames": num_frames,
+        "first_frame": start,
+        "video_frames": scan.num_frames,
+        "length_s": round(num_frames / scan.fps, 3),
+        "cuts": list(cuts),
+        "cuts_s": [round(cut / scan.fps, 2) for cut in cuts],
+    }
+
+
+def _face(face: FaceMeasures, fps: float) -> dict[str, Any]:
+    """What the face does."""
+    eyes = (face.landmarks[:, LEFT_EYE_CORNERS[0]] - face.landmarks[:, RIGHT_EYE_CORNERS[0]]).norm(dim=-1)
+    wide = (face.landmarks[:, 61] - face.landmarks[:, 291]).norm(dim=-1) / eyes
+    degrees = torch.rad2deg(face.head_pose)
+    blinks = _count_blinks(face.blink[:, 0].numpy(), face.frames, fps)
+    return {
+        "looked_frames": len(face.frames),
+        "missed_frames": len(face.frames) - len(face.seen),
+        "faces": face.crowd,
+        "landmarks": face.source,
+        "crop_side_px": round(face.crop_side_px, 1),
+        "eye_distance_px": round(float(eyes.median()), 1),
+        "pose_residual_px": round(face.residual_px, 2),
+        "yaw_deg": _range(degrees[:, 0], 0.01, 1),
+        "pitch_deg": _range(degrees[:, 1], 0.01, 1),
+        "mouth_open": _range(mouth_opening(face.landmarks), 0.02, 3),
+        "mouth_wide": _range(wide, 0.02, 3),
+        "blinks": blinks,
+        "blinks_per_min": round(60 * fps * blinks / len(face.frames), 1),
+    }
+
+
+def _range(values: Tensor, share: float, digits: int) -> list[float]:
+    return [round(float(np.quantile(values.numpy(), at)), digits) for at in (share, 1 - share)]
+
+
+def _count_blinks(blink: np.ndarray, frames: np.ndarray, fps: float) -> int:
+    """How often the eyes shut and open again within 0.6 s."""
+    shut = np.concatenate([[False], (blink > 0.5) & (np.diff(frames, prepend=frames[0] - 1) == 1), [False]])
+    edges = np.flatnonzero(np.diff(shut.astype(int)))
+    return int((edges[1::2] - edges[::2] <= max(0.6 * fps, 1)).sum())
+
+
+def _levels_db(waveform: Waveform, step_s: float = 0.02) -> np.ndarray:
+    """Level of each 20 ms piece, full scale 0."""
+    step = round(waveform.sample_rate_hz * step_s)
+    pieces = waveform.samples[: len(waveform.samples) // step * step].reshape(-1, step)
+    return 10 * np.log10(pieces.square().mean(-1).numpy() + 1e-10)
+
+
+def _sound(waveform: Waveform) -> dict[str, Any]:
+    """What the sound is like."""
+    samples, levels = waveform.samples, _levels_db(waveform)
+    rms = float(samples.square().mean().sqrt()) if len(samples) else 0.0
+    low, high = np.quantile(levels, [0.1, 0.9]) if len(levels) else (-100.0, -100.0)
+    return {
+        "audio_rms_db": round(20 * float(np.log10(max(rms, 1e-6))), 1),
+        "silent_share": round(float((levels < -50).mean()), 3) if len(levels) else 1.0,
+        "noise_db": round(float(low), 1),
+        "speech_db": round(float(high), 1),
+        "clipped_share": round(float((samples.abs() > 0.985).float().mean()), 5) if len(samples) else 0.0,
+    }
+
+
+def _series(face: FaceMeasures, waveform: Waveform, fps: float, offset: SoundOffset | None) -> dict[str, list[float]]:
+    """Thinned values for plots."""
+    few = np.unique(np.linspace(0, len(face.frames) - 1, min(NUM_PLOTTED, len(face.frames))).round().astype(int))
+    levels = _levels_db(waveform)
+    times = (face.frames[few] + 0.5) / fps
+    nearest = np.clip((times / 0.02).astype(int), 0, max(len(levels) - 1, 0))
+    degrees = torch.rad2deg(face.head_pose).numpy()
+    columns = {
+        "time_s": times,
+        "yaw_deg": degrees[few, 0],
+        "pitch_deg": degrees[few, 1],
+        "mouth": mouth_opening(face.landmarks).numpy()[few],
+        "blink": face.blink[few, 0].numpy(),
+        "level_db": levels[nearest] if len(levels) else np.full(len(few), -100.0),
+        "lag_ms": np.zeros(0) if offset is None else offset.lags_s * 1000,
+        "lag_correlation": np.zeros(0) if offset is None else offset.curve,
+    }
+    return {name: [round(float(value), 3) for value in values] for name, values in columns.items()}
+
+
+def judge(report: Mapping[str, Any]) -> Iterator[Line]:
+    """The table of a report, line by line, as far as there is something to judge."""
+    yield from (_judge_rate(report), _judge_length(report), _judge_shots(report))
+    if "crop_side_px" in report:
+        yield from (_judge_face(report), _judge_motion(report), _judge_eyes(report))
+    if "audio_rms_db" in report:
+        yield _judge_sound(report)
+    if "audio_offset_ms" in report:
+        yield _judge_offset(report)
+
+
+def _line(what: str, found: str, *problems: tuple[bool, Judgement, str]) -> Line:
+    """A row with the first problem that holds, or ok."""
+    for holds, judgement, advice in problems:
+        if holds:
+            return Line(what=what, found=found, judgement=judgement, advice=advice)
+    return Line(what=what, found=found, judgement="ok", advice="")
+
+
+def _judge_rate(report: Mapping[str, Any]) -> Line:
+    found = f"{report['source_fps']:.4g} pictures a second"
+    if report["duplicates"]:
+        doubled = f"{report['duplicates']} of {report['frames_decoded']} frames are doubled and were left out"
+        found = f"{doubled}: the video really has {report['true_fps']:.2f} frames a second, not {report['source_fps']:.4g}"
+    return _line(
+        "frame rate",
+        found,
+        (report["truncated"], "warning", "the file ends before it should: only its readable part was used; copy or export it again"),
+        (report["true_fps"] < SLOW_FPS, "warning", "lips are blurred in time; film at 25 frames a second or more"),
+        (report["duplicates"] > 0, "warning", "nothing to do; another time, export at the rate of the camera"),
+    )
+
+
+def _judge_length(report: Mapping[str, Any]) -> Line:
+    found = f"{report['length_s']:.1f} s"
+    whole = report["frames"] == report["video_frames"]
+    if not whole:
+        found = f"only {found} of the video show the face without a long gap, the rest was left out"
+    return _line(
+        "length",
+        found,
+        (report["length_s"] < TOO_SHORT_S, "refuse", "too short to learn from; record half a minute or more"),
+        (report["length_s"] < SHORT_S, "warning", "the clip is short: some minutes are learnt best; record more"),
+        (not whole, "warning", "cut the video to where the face is in view"),
+    )
+
+
+def _judge_shots(report: Mapping[str, Any]) -> Line:
+    at = ", ".join(f"{second:g} s" for second in report["cuts_s"][:5]) + (" …" if len(report["cuts_s"]) > 5 else "")
+    found = f"the shot changes {len(report['cuts_s'])} times, at {at}" if report["cuts_s"] else "one shot"
+    return _line("shots", found, (bool(report["cuts_s"]), "warning", "one continuous shot is learnt best; see that it is one person throughout"))
+
+
+def _judge_face(report: Mapping[str, Any]) -> Line:
+    found = f"the head is {report['crop_side_px']:.0f} px, the eyes are {report['eye_distance_px']:.0f} px apart"
+    if report["missed_frames"]:
+        found += f"; the face was not found in {report['missed_frames']} of {report['looked_frames']} frames, which were bridged"
+    if report["faces"] > 1:
+        found += f"; {report['faces']} faces of similar size at once"
+    return _line(
+        "face",
+        found,
+        (report["crop_side_px"] < TOO_SMALL_PX, "refuse", "too small to learn from; film closer, or at a higher resolution"),
+        (report["crop_side_px"] < SMALL_PX, "warning", "the head is small: film closer, or at a higher resolution"),
+        (report["faces"] > 1, "warning", "the largest was followed; cut the video so that only the person to learn is in view"),
+        (report["missed_frames"] > 0, "warning", "keep hands and microphone away from the face, and look towards the camera"),
+    )
+
+
+def _judge_motion(report: Mapping[str, Any]) -> Line:
+    yaw, pitch = report["yaw_deg"], report["pitch_deg"]
+    return _line(
+        "head turns",
+        f"yaw {yaw[0]:.0f}° to {yaw[1]:.0f}°, pitch {pitch[0]:.0f}° to {pitch[1]:.0f}°",
+        (yaw[1] - yaw[0] < STILL_YAW_DEG, "warning", "the head hardly turns, so side views are guesses; turn it slowly to both sides for a while"),
+        (max(abs(yaw[0]), abs(yaw[1])) > WIDE_YAW_DEG, "warning", "the head turns far away, where face points are unsure; stay within 45°"),
+    )
+
+
+def _judge_eyes(report: Mapping[str, Any]) -> Line:
+    opened, wide = report["mouth_open"], report["mouth_wide"]
+    shapes = f"lips open {opened[0]:.2f} to {opened[1]:.2f} and {wide[0]:.2f} to {wide[1]:.2f} wide, in distances between the eyes"
+    blinks = f"{report['blinks']} blinks ({report['blinks_per_min']:.0f} a minute)"
+    return _line(
+        "mouth and eyes",
+        f"{shapes}; {blinks}",
+        (opened[1] - opened[0] < SHUT_MOUTH, "warning", "the mouth hardly opens; speak clearly, facing the camera"),
+        (report["blinks"] == 0 and report["length_s"] >= 10, "warning", "no blink was seen, so the avatar's eyelids are guesses; record longer"),
+    )
+
+
+def _judge_sound(report: Mapping[str, Any]) -> Line:
+    distance = report["speech_db"] - report["noise_db"]
+    return _line(
+        "sound",
+        f"{report['audio_rms_db']:.0f} dB, noise {distance:.0f} dB below speech, {report['clipped_share']:.2%} clipped",
+        (report["audio_rms_db"] < SILENT_DB, "refuse", "the sound is silent: lips cannot be learnt from it; record with a microphone"),
+        (report["audio_rms_db"] < QUIET_DB, "warning", "the sound is quiet: record closer to the microphone"),
+        (report["clipped_share"] > CLIPPED_SHARE, "warning", "the sound is too loud and clipped: turn the microphone down"),
+        (distance < NOISY_DB, "warning", "noise or music is nearly as loud as speech: record in a quiet room, close to the microphone"),
+    )
+
+
+def _judge_offset(report: Mapping[str, Any]) -> Line:
+    late, guess = report["audio_offset_ms"], report["audio_offset_guess_ms"]
+    if guess is None:
+        return _line("sound and lips", "cannot be compared: sound or lips do not move")
+    comes = f"the sound comes {abs(guess):.0f} ms {'late' if guess > 0 else 'early'}"
+    if late is None:
+        unfit = "sound and lips hardly fit together; see that the person in view is the one who is heard"
+        return _line("sound and lips", f"not sure; perhaps {comes}", (report["length_s"] >= SHORT_S, "warning", unfit))
+    mend = f"mend it with --audio-offset-ms {late + report['audio_offset_applied_ms']:.0f} (build: --track.audio-offset-ms)"
+    return _line("sound and lips", f"{comes} (± {max(report['audio_offset_spread_ms'], 10):.0f} ms)", (abs(late) > LATE_MS, "warning", mend))
