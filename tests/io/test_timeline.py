@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from talk3d.io.timeline import constant_rate, find_cuts, find_duplicates, find_jumps, largest_since, retime
+from talk3d.io.timeline import constant_rate, find_cuts, find_duplicates, find_jumps, largest_since, retime, shot_starts
 
 
 def changes(count: int, seed: int = 0) -> np.ndarray:
@@ -94,3 +94,13 @@ def test_pictures_shown_two_and_three_times_are_taken_out_of_sixty_a_second():
 def test_a_frame_has_the_largest_value_of_the_pictures_it_passed():
     values = np.array([9.0, 1, 5, 2, 3, 4])
     assert largest_since(values, np.array([0, 1, 1, 4, 5])).tolist() == [0, 1, 0, 5, 4]
+
+
+def test_a_shot_starts_where_picture_and_face_jump_together():
+    points = np.random.default_rng(1).normal(size=(1, 40, 2)) * 30 + np.cumsum(np.random.default_rng(2).normal(size=(100, 1, 2)), 0)
+    points[50:] += 8
+    jumps = np.zeros(100)
+    jumps[[20, 50, 70]] = 2.5, 2.5, 5.0
+    assert shot_starts((90,), jumps, np.arange(100), points) == (50, 90)
+    assert shot_starts((), jumps, np.r_[0:45, 55:100], np.delete(points, np.s_[45:55], 0)) == ()
+    assert shot_starts((3,), jumps, np.arange(0), points[:0]) == (3,)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from talk3d import __version__
-from talk3d.apps.terminal import note_findings
+from talk3d.apps.check import reviewer
 from talk3d.errors import ConfigError
 from talk3d.io.clips import load_clip
 from talk3d.io.weights import load_person, load_prior
@@ -152,6 +152,7 @@ def build(
     device: str = "cpu",
     seed: int = 0,
     fresh: bool = False,
+    yes: bool = False,
     progress: Progress = silent,
 ) -> list[str]:
     """Track, personalize and train, or go on where an earlier call stopped.
@@ -163,6 +164,7 @@ def build(
         device: where to compute.
         seed: of all randomness.
         fresh: throw away earlier products.
+        yes: go on even if the capture check refuses the video.
         progress: hears every step.
 
     Returns:
@@ -178,9 +180,7 @@ def build(
     trained = fingerprint(personalized, config.train)
 
     def make_clip() -> None:
-        clip = track(video, config.track, face_model=config.face_model, progress=progress)
-        note_findings(clip.check)
-        clip.save(clip_path)
+        track(video, config.track, face_model=config.face_model, progress=progress, review=reviewer(video, yes=yes)).save(clip_path)
 
     def make_person() -> None:
         checkpoint = products.checkpoint("personalize")

@@ -17,6 +17,7 @@ SUMMARIES = {
     "demo": "the shipped avatar speaks the shipped sentence: writes demo.mp4",
     "build": "a video in, an avatar out: track, personalize and train in one, resumable",
     "animate": "an avatar speaks any recording, seen from any camera",
+    "check": "says what is wrong with a video, and what to do, before anything is learnt from it",
     "track": "a video in, a clip out: sound, face, head pose, crop and masks per frame",
     "personalize": "a clip in, a person out: the prior learns this one head",
     "train": "a person and a clip in, an avatar out: the head learns to talk",
@@ -25,6 +26,7 @@ SUMMARIES = {
     "doctor": "says what is installed, and what is missing",
 }
 EXAMPLES = {
+    "check": "talk3d check me.mp4\n  talk3d check me.mp4 -o me.json",
     "track": "talk3d track me.mp4 -o me.clip",
     "personalize": "talk3d personalize me.clip -o me.person.t3d",
     "train": "talk3d train me.person.t3d me.clip -o me.t3d\n  talk3d train me.person.t3d me.clip -o quick.t3d --steps 500",

@@ -12,7 +12,7 @@ import torch
 import tyro
 from tyro.conf import Positional, arg
 
-from talk3d.apps.terminal import Display, duration, note_findings, print_table
+from talk3d.apps.terminal import Display, print_table
 from talk3d.errors import ConfigError
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -83,29 +83,15 @@ def check_output(path: Path, *, folder_with: str | None = None) -> None:
 
 
 def _track() -> Callable[..., None]:
-    from talk3d.stages.track import TrackConfig, track
+    from talk3d.apps.check import track_command
 
-    defaults = TrackConfig()
+    return track_command
 
-    def command(video: Input, /, out: Output, config: Annotated[TrackConfig, arg(name="")] = defaults, face_model: ModelFile = None) -> None:
-        """Turn a video of one talking person into a clip: a folder with everything known per frame.
 
-        Args:
-            video: film of one person, with sound.
-            out: the clip, a new folder.
-            config: what tracking does.
-            face_model: MediaPipe's face_landmarker.task, if it is not in its usual place.
-        """
-        check_input(video, "a video")
-        check_output(out, folder_with="clip.json")
-        with Display() as display:
-            clip = track(video, config, face_model=face_model, progress=display)
-            note_findings(clip.check)
-            clip.save(out)
-        held_out = clip.num_frames - clip.num_training_frames
-        print(f"{out}: {clip.num_frames} frames ({duration(clip.num_frames / clip.fps)}) at {clip.fps:g} fps, the last {held_out} held out")
+def _check() -> Callable[..., None]:
+    from talk3d.apps.check import check_command
 
-    return command
+    return check_command
 
 
 def _personalize() -> Callable[..., None]:
@@ -204,6 +190,7 @@ def _build() -> Callable[..., None]:
         device: Device = "auto",
         seed: int = 0,
         fresh: bool = False,
+        yes: bool = False,
     ) -> None:
         """Make an avatar from a video: track, personalize and train in one.
 
@@ -216,14 +203,14 @@ def _build() -> Callable[..., None]:
             device: where to compute.
             seed: of all randomness.
             fresh: throw away what earlier calls made for this avatar.
+            yes: go on even if the capture check refuses the video.
         """
         check_input(video, "a video")
         check_output(out)
         with Display() as display:
-            ran = build(video, out, config, device=resolve_device(device), seed=seed, fresh=fresh, progress=display)
-        kept = [stage for stage in ("track", "personalize", "train") if stage not in ran]
-        print(f"{out} is ready" + (f" (kept from before: {', '.join(kept)})" if kept else ""))
-        print(f"next: talk3d animate {out} SPEECH -o talking.mp4")
+            ran = build(video, out, config, device=resolve_device(device), seed=seed, fresh=fresh, yes=yes, progress=display)
+        kept = ", ".join(stage for stage in ("track", "personalize", "train") if stage not in ran)
+        print(f"{out} is ready{f' (kept from before: {kept})' if kept else ''}\nnext: talk3d animate {out} SPEECH -o talking.mp4")
 
     return command
 
@@ -379,6 +366,7 @@ def _doctor() -> Callable[..., None]:
 COMMANDS: dict[str, Callable[[], Callable[..., None]]] = {
     "animate": _animate,
     "build": _build,
+    "check": _check,
     "demo": _demo,
     "doctor": _doctor,
     "evaluate": _evaluate,

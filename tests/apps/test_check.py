@@ -1,0 +1,80 @@
+"""The capture check on the terminal, as a page, and as a refusal."""
+
+import io
+import json
+import re
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+from rich.console import Console
+
+from talk3d.apps.check import page, plot, print_report, refusal, reviewer, write_report
+from talk3d.errors import MediaError, TrackingError
+
+LINES = [
+    {"what": "frame rate", "found": "25 pictures a second", "judgement": "ok", "advice": ""},
+    {"what": "sound", "found": "-80 dB & <silent>", "judgement": "refuse", "advice": "record with a microphone"},
+]
+
+
+def report(*lines: dict[str, Any], verdict: str = "refuse") -> dict[str, Any]:
+    times = [0.0, 1.0, 2.0]
+    series = {name: [1.0, 3.0, 2.0] for name in ("yaw_deg", "pitch_deg", "mouth", "blink", "level_db")}
+    return {
+        "verdict": verdict,
+        "lines": list(lines or LINES),
+        "warnings": [],
+        "series": {"time_s": times, **series, "lag_ms": [-20.0, 0.0, 20.0], "lag_correlation": [0.1, 0.6, 0.2]},
+    }
+
+
+def test_the_table_shows_every_line_with_its_advice():
+    console = Console(file=io.StringIO(), width=160)
+    print_report("film.mp4", report(), console)
+    shown = console.file.getvalue()
+    for word in ("film.mp4: refuse", "25 pictures a second", "<silent>", "refused", "record with a microphone"):
+        assert word in shown
+
+
+def test_the_page_is_whole_in_itself_and_shows_what_was_found():
+    text = page("a <film>.mp4", report())
+    assert "a &lt;film&gt;.mp4" in text
+    assert "-80 dB &amp; &lt;silent&gt;" in text
+    assert text.count("<svg") == 5
+    assert not re.search(r"https?:|src=|href=|<img|<script", text)
+
+
+def test_a_report_without_a_face_is_a_page_without_plots():
+    assert "<svg" not in page("film", {"verdict": "refuse", "lines": LINES})
+
+
+def test_a_plot_is_drawn_to_scale():
+    figure = ElementTree.fromstring(plot("Loud & clear", [0.0, 1.0, 2.0], [("sound", [0.0, 10.0, 5.0])], "s"))
+    line = figure.find(".//polyline")
+    assert line is not None
+    points = [tuple(map(float, place.split(","))) for place in line.attrib["points"].split()]
+    assert points == [(30.0, 110.0), (225.0, 8.0), (420.0, 59.0)]
+    assert plot("nothing", [], [("sound", [])], "s") == ""
+
+
+def test_a_report_is_written_whole_or_not_at_all(tmp_path: Path):
+    write_report("film", report(), tmp_path / "out.json")
+    assert json.loads((tmp_path / "out.json").read_text())["lines"][1]["judgement"] == "refuse"
+    write_report("film", report(), tmp_path / "out.html")
+    assert (tmp_path / "out.html").read_text().startswith("<!doctype html>")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.html", "out.json"]
+    with pytest.raises(MediaError, match="folder that exists"):
+        write_report("film", report(), tmp_path / "none" / "out.html")
+
+
+def test_a_refused_video_stops_the_work_unless_told_otherwise(caplog: pytest.LogCaptureFixture):
+    video = Path("film.mp4")
+    assert refusal(video, report()) == "film.mp4: -80 dB & <silent>: record with a microphone"
+    assert refusal(video, report(LINES[0])) == ""
+    with pytest.raises(TrackingError, match="--yes"):
+        reviewer(video, yes=False)(report())
+    reviewer(video, yes=True)(report())
+    reviewer(video, yes=False)({**report(LINES[0]), "warnings": ["the sound is quiet"]})
+    assert "the sound is quiet" in caplog.text

@@ -1,0 +1,157 @@
+"""Reports of made-up measurements: numbers against their definitions, judgements against thresholds."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from talk3d.io.media import VideoScan
+from talk3d.metrics.capture import FaceMeasures, capture_report
+from talk3d.types import Waveform
+
+FPS = 25
+
+
+def scan(count: int = 1000, **changes: Any) -> VideoScan:
+    fields: dict[str, Any] = {
+        "path": Path("film.mp4"),
+        "width_px": 640,
+        "height_px": 360,
+        "fps": 25.0,
+        "source_fps": 25.0,
+        "true_fps": 25.0,
+        "num_decoded": count,
+        "num_duplicates": 0,
+        "rotation_deg": 0,
+        "start_s": 0.0,
+        "source_index": np.arange(count),
+        "cuts": (),
+        "jumps": np.zeros(count),
+        "truncated": False,
+    }
+    return VideoScan(**fields | changes)
+
+
+def face(count: int = 1000, **changes: Any) -> FaceMeasures:
+    time = torch.arange(count) / FPS
+    points = torch.zeros(count, 468, 2)
+    points[:, 33, 0], points[:, 263, 0] = -50.0, 50.0
+    points[:, 61, 0], points[:, 291, 0] = -25 - 5 * torch.sin(time), 25 + 5 * torch.sin(time)
+    points[:, [87, 14, 317], 1] = (10 + 10 * torch.sin(13 * time))[:, None]
+    blink = torch.zeros(count, 1)
+    for start in range(50, count, 100):
+        blink[start : start + 5] = 1
+    fields: dict[str, Any] = {
+        "frames": np.arange(count),
+        "landmarks": points,
+        "seen": np.arange(count),
+        "head_pose": torch.stack([torch.deg2rad(20 * torch.sin(time)), torch.deg2rad(5 * torch.cos(time)), 0 * time], -1),
+        "blink": blink,
+        "crop_side_px": 300.0,
+        "residual_px": 0.5,
+        "crowd": 1,
+        "source": "a model",
+    }
+    return FaceMeasures(**fields | changes)
+
+
+def speech(seconds: float = 40.0, level: float = 0.1) -> Waveform:
+    """Bursts of noise and near silence, half a second each."""
+    samples = torch.randn(round(seconds * 16000), generator=torch.Generator().manual_seed(0))
+    loud = (torch.arange(len(samples)) // 8000 % 2).float()
+    return Waveform(samples=(samples * level * (loud + 1e-3)).clamp(-1, 1), sample_rate_hz=16000)
+
+
+def judgements(report: Any) -> dict[str, str]:
+    return {line["what"]: line["judgement"] for line in report["lines"]}
+
+
+def test_a_good_film_is_ok_and_its_numbers_are_what_they_say():
+    report = capture_report(scan(), face(), speech())
+    assert report["length_s"] == 40
+    assert report["blinks"] == 10
+    assert report["blinks_per_min"] == 15
+    assert report["yaw_deg"] == pytest.approx([-20, 20], abs=0.2)
+    assert report["pitch_deg"] == pytest.approx([-5, 5], abs=0.2)
+    assert report["mouth_open"] == pytest.approx([0, 0.2], abs=0.01)
+    assert report["mouth_wide"] == pytest.approx([0.4, 0.6], abs=0.01)
+    assert report["eye_distance_px"] == 100
+    assert report["audio_rms_db"] == pytest.approx(-23.0, abs=0.1)
+    assert report["speech_db"] == pytest.approx(-20, abs=0.5)
+    assert report["noise_db"] == pytest.approx(-80, abs=0.5)
+    assert report["silent_share"] == pytest.approx(0.5, abs=0.01)
+    assert {what: verdict for what, verdict in judgements(report).items() if verdict != "ok"} == {"sound and lips": "warning"}
+    assert len(report["series"]["time_s"]) == len(report["series"]["mouth"]) == 240
+
+
+@pytest.mark.parametrize(
+    ("given", "what", "judgement", "said"),
+    [
+        ({"scan": scan(num_duplicates=200, num_decoded=1200, source_fps=30.0)}, "frame rate", "warning", "200 of 1200 frames are doubled"),
+        ({"scan": scan(true_fps=12.0)}, "frame rate", "warning", "25 frames a second or more"),
+        ({"scan": scan(truncated=True)}, "frame rate", "warning", "ends before it should"),
+        ({"num_frames": 400}, "length", "warning", "left out"),
+        ({"num_frames": 60}, "length", "refuse", "too short"),
+        ({"cuts": (100, 300)}, "shots", "warning", "2 times, at 4 s, 12 s"),
+        ({"face": face(crop_side_px=60.0)}, "face", "refuse", "too small"),
+        ({"face": face(crop_side_px=150.0)}, "face", "warning", "small"),
+        ({"face": face(crowd=2)}, "face", "warning", "only the person to learn"),
+        ({"face": face(seen=np.arange(5, 1000))}, "face", "warning", "not found in 5 of 1000"),
+        ({"face": face(head_pose=torch.zeros(1000, 3))}, "head turns", "warning", "hardly turns"),
+        ({"face": face(landmarks=face().landmarks * torch.tensor([1.0, 0.1]))}, "mouth and eyes", "warning", "hardly opens"),
+        ({"face": face(blink=torch.zeros(1000, 1))}, "mouth and eyes", "warning", "no blink"),
+        ({"waveform": speech(level=1e-5)}, "sound", "refuse", "silent"),
+        ({"waveform": speech(level=5e-3)}, "sound", "warning", "quiet"),
+        ({"waveform": speech(level=2.0)}, "sound", "warning", "clipped"),
+        (
+            {"waveform": Waveform(samples=speech().samples + 0.05 * speech().samples.flip(0).sign(), sample_rate_hz=16000)},
+            "sound",
+            "warning",
+            "noise",
+        ),
+    ],
+)
+def test_each_fault_is_judged_with_advice(given: dict[str, Any], what: str, judgement: str, said: str):
+    report = capture_report(**{"scan": scan(), "face": face(), "waveform": speech(), **given})
+    assert judgements(report)[what] == judgement
+    assert report["verdict"] == ("refuse" if judgement == "refuse" else "usable with warnings")
+    line = next(line for line in report["lines"] if line["what"] == what)
+    assert said in f"{line['found']}: {line['advice']}"
+    assert any(said in warning for warning in report["warnings"])
+
+
+def test_a_shift_between_sound_and_lips_is_reported_with_what_has_been_applied():
+    time = torch.arange(1000) / FPS + 0.02
+    waves = [torch.sin(2 * torch.pi * hz * time + hz) for hz in (1.7, 2.3, 3.1, 4.3)]
+    points = face().landmarks.clone()
+    points[:, [87, 14, 317], 1] = (12 + 4 * torch.stack(waves).sum(0))[:, None]
+    moment = torch.arange(640000) / 16000 - 0.2
+    opening = 12 + 4 * torch.stack([torch.sin(2 * torch.pi * hz * moment + hz) for hz in (1.7, 2.3, 3.1, 4.3)]).sum(0)
+    noise = torch.randn(640000, generator=torch.Generator().manual_seed(1))
+    sound = Waveform(samples=0.01 * opening * noise, sample_rate_hz=16000)
+    report = capture_report(scan(), face(landmarks=points), sound, applied_ms=100.0)
+    assert report["audio_offset_ms"] == report["audio_offset_guess_ms"] == pytest.approx(200, abs=10)
+    assert report["audio_offset_agreement"] == 1
+    line = next(line for line in report["lines"] if line["what"] == "sound and lips")
+    assert line["judgement"] == "warning"
+    assert f"--audio-offset-ms {report['audio_offset_ms'] + 100:.0f} " in line["advice"]
+
+
+def test_what_is_missing_is_left_out_and_known_problems_come_first():
+    problem: Any = {"what": "sound", "found": "no sound track", "judgement": "refuse", "advice": "give a film with sound"}
+    report = capture_report(scan(50), None, None, problems=(problem,))
+    assert report["lines"][0] == problem
+    assert report["verdict"] == "refuse"
+    assert list(judgements(report)) == ["sound", "frame rate", "length", "shots"]
+    assert not {"audio_rms_db", "crop_side_px", "audio_offset_ms"} & set(report)
+
+
+def test_a_sampled_video_counts_what_was_looked_at():
+    frames = np.r_[0:250, 2000:2250]
+    half = face(500, frames=frames, seen=np.arange(490))
+    report = capture_report(scan(3000), half, speech(120))
+    assert (report["frames"], report["looked_frames"], report["missed_frames"]) == (3000, 500, 10)
+    assert report["blinks"] == 5
+    assert report["series"]["time_s"][-1] == pytest.approx(89.98)
