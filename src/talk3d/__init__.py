@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from talk3d.io.weights import load_prior as load_prior
     from talk3d.ops.geometry import orbit as orbit
     from talk3d.stages.animate import animate as animate
+    from talk3d.stages.check import check as check
     from talk3d.stages.evaluate import evaluate as evaluate
     from talk3d.stages.personalize import personalize as personalize
     from talk3d.stages.pretrain import pretrain as pretrain
@@ -37,6 +38,7 @@ _HOMES = {
     "TrackingError": "talk3d.errors",
     "WeightsError": "talk3d.errors",
     "animate": "talk3d.stages.animate",
+    "check": "talk3d.stages.check",
     "evaluate": "talk3d.stages.evaluate",
     "load_avatar": "talk3d.io.weights",
     "load_clip": "talk3d.io.clips",
@@ -59,6 +61,7 @@ __all__ = [
     "WeightsError",
     "__version__",
     "animate",
+    "check",
     "evaluate",
     "load_avatar",
     "load_clip",

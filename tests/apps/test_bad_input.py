@@ -1,9 +1,11 @@
 """Unfit inputs through the command line: exit code 2, one line on the standard error, nothing left behind."""
 
+import json
 import wave
 from collections.abc import Callable
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -62,6 +64,21 @@ def only_sound(path: Path) -> None:
         file.writeframes(b"\1\0" * 32000)
 
 
+def of_no_numbers(path: Path) -> None:
+    write_film(path, sound=False)
+    with av.open(str(path)) as source, av.open(str(path.with_suffix(".mkv")), "w") as film:
+        pictures = film.add_stream_from_template(source.streams.video[0])
+        sound = film.add_stream("pcm_f32le", rate=16000, layout="mono")
+        for packet in source.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = pictures
+                film.mux(packet)
+        piece = av.AudioFrame.from_ndarray(np.full((1, 25600), np.nan, np.float32), format="flt", layout="mono")
+        piece.sample_rate, piece.pts = 16000, 0
+        film.mux([*sound.encode(piece), *sound.encode(None)])
+    path.with_suffix(".mkv").replace(path)
+
+
 def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     code = main(arguments)
     lines = capsys.readouterr().err.strip().splitlines()
@@ -71,7 +88,7 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 
 @pytest.mark.parametrize("command", ["track", "build"])
-@pytest.mark.parametrize("make", [not_a_video, empty, a_folder, without_sound, too_short, beheaded, only_sound])
+@pytest.mark.parametrize("make", [not_a_video, empty, a_folder, without_sound, of_no_numbers, too_short, beheaded, only_sound])
 def test_unfit_videos_are_refused(command: str, make: Callable[[Path], None], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     video = tmp_path / "given.mp4"
     make(video)
@@ -80,12 +97,46 @@ def test_unfit_videos_are_refused(command: str, make: Callable[[Path], None], tm
     assert not list(tmp_path.glob("**/*partial*"))
 
 
-@pytest.mark.parametrize("size", [(96, 64), (97, 65), (64, 120)])
-def test_films_without_a_face_are_refused(size: tuple[int, int], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture
+def face_models() -> None:
     try:
         registry_model(next(iter(WHEEL_MEMBERS)))
     except WeightsError as error:
         pytest.skip(str(error))
+
+
+@pytest.mark.parametrize("make", [not_a_video, empty, a_folder, beheaded, only_sound])
+def test_what_cannot_be_looked_at_is_not_checked(make: Callable[[Path], None], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    video = tmp_path / "given.mp4"
+    make(video)
+    assert "given.mp4" in refused(["check", str(video), "-o", str(tmp_path / "page.html")], capsys)
+    assert list(tmp_path.iterdir()) == [video]
+
+
+@pytest.mark.usefixtures("face_models")
+@pytest.mark.parametrize(("make", "said"), [(without_sound, "no sound track"), (of_no_numbers, "is a number"), (too_short, "no face")])
+def test_what_can_be_looked_at_but_not_used_is_refused_with_a_report(
+    make: Callable[[Path], None], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    video, report = tmp_path / "given.mp4", tmp_path / "report.json"
+    make(video)
+    assert said in refused(["check", str(video), "-o", str(report)], capsys)
+    assert json.loads(report.read_text())["verdict"] == "refuse"
+    assert sorted(tmp_path.iterdir()) == [video, report]
+
+
+@pytest.mark.parametrize("command", ["track", "check"])
+def test_a_place_that_cannot_be_written_is_refused_before_any_work(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    video = write_film(tmp_path / "given.mp4")
+    assert "folder that exists" in refused([command, str(video), "-o", str(tmp_path / "no" / "out.html")], capsys)
+    (tmp_path / "folder").mkdir()
+    assert "folder" in refused([command, str(video), "-o", str(tmp_path / "folder")], capsys)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "given.mp4"]
+
+
+@pytest.mark.usefixtures("face_models")
+@pytest.mark.parametrize("size", [(96, 64), (97, 65), (64, 120)])
+def test_films_without_a_face_are_refused(size: tuple[int, int], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     video = write_film(tmp_path / "given.mp4", size=size)
     assert "no face" in refused(["track", str(video), "-o", str(tmp_path / "clip")], capsys)
     assert list(tmp_path.iterdir()) == [video]

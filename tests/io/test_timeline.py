@@ -97,10 +97,21 @@ def test_a_frame_has_the_largest_value_of_the_pictures_it_passed():
 
 
 def test_a_shot_starts_where_picture_and_face_jump_together():
-    points = np.random.default_rng(1).normal(size=(1, 40, 2)) * 30 + np.cumsum(np.random.default_rng(2).normal(size=(100, 1, 2)), 0)
+    sway = 3 * np.sin(np.arange(100) / 4)[:, None, None] + np.random.default_rng(2).normal(size=(100, 1, 2)) * 0.1
+    points = np.random.default_rng(1).normal(size=(1, 40, 2)) * 30 + sway
     points[50:] += 8
-    jumps = np.zeros(100)
+    jumps = np.ones(100)
     jumps[[20, 50, 70]] = 2.5, 2.5, 5.0
-    assert shot_starts((90,), jumps, np.arange(100), points) == (50, 90)
+    frames = np.arange(100)
+    assert shot_starts((90,), jumps, frames, points) == (50, 90)
     assert shot_starts((), jumps, np.r_[0:45, 55:100], np.delete(points, np.s_[45:55], 0)) == ()
-    assert shot_starts((3,), jumps, np.arange(0), points[:0]) == (3,)
+    assert shot_starts((3,), jumps, frames[:0], points[:0]) == (3,)
+
+
+def test_a_dropped_picture_is_no_new_shot():
+    run = np.random.default_rng(1).normal(size=(1, 40, 2)) * 30 + 2.0 * np.r_[0:50, 51:101][:, None, None]
+    jumps = np.ones(100)
+    jumps[50] = 2.4
+    assert shot_starts((), jumps, np.arange(100), run) == ()
+    jumps[[20, 60]], run[50:] = 0, run[50:] - 30
+    assert shot_starts((), jumps, np.arange(100), run) == (50,)

@@ -13,8 +13,6 @@ HELD_CEILING = 0.3
 """The same where every picture is repeated, so that pictures can be compared with their neighbours."""
 CUT_JUMP = 3.0
 """How many times more the picture changes at a cut than around it."""
-FACE_JUMP = 1.6
-"""The same where the face jumps as well."""
 CUT_FLOOR = 6.0
 """Mean grey-level difference of a cut that is believed without a look at the face; key frames of coarse codecs reach 3."""
 
@@ -104,15 +102,21 @@ def shot_starts(
         frames: those in which a face was seen, ascending.
         points: the face's points there, px.
     """
-    size = np.median(np.ptp(points, axis=1)) if len(points) else 1.0
-    moved = np.zeros(len(jumps))
-    moved[frames[1:]] = np.linalg.norm(np.diff(points, axis=0), axis=-1).mean(-1) / size * (np.diff(frames) == 1)
     starts = set(cuts)
-    for frame in np.flatnonzero((jumps > FACE_JUMP) & (moved > 0.01)).tolist():
-        around = np.concatenate([moved[max(frame - 5, 0) : frame], moved[frame + 1 : frame + 6]])
-        jump = moved[frame] / max(np.partition(around, -2)[-2] if len(around) > 1 else 0.0, 0.003)
-        if jump > FACE_JUMP and jump * jumps[frame] > 2.5 * FACE_JUMP:
-            starts.add(frame)
+    new = jumps[frames] > 0  # a repeated picture moves nothing
+    frames, points = frames[new], points[new]
+    if len(frames) < 4:
+        return tuple(sorted(starts))
+    steps = np.diff(points, axis=0) / np.median(np.ptp(points, axis=1))
+    length = np.linalg.norm(steps, axis=-1).mean(-1)
+    padded = np.pad(steps, ((1, 1), (0, 0), (0, 0)))
+    strange = np.linalg.norm(steps - padded[:-2] - padded[2:], axis=-1).mean(-1)  # what two steps at once, as of a dropped picture, do not explain
+    for place in np.flatnonzero((jumps[frames[1:]] > 1.8) & (length > 0.01)).tolist():
+        around = np.concatenate([length[max(place - 5, 0) : place], length[place + 1 : place + 6]])
+        jump = min(length[place], strange[place]) / max(np.partition(around, -2)[-2], 0.003)
+        seen_through = frames[place + 1] - frames[place] <= 3
+        if seen_through and jump > 1.6 and jump * jumps[frames[place + 1]] > 4.5:
+            starts.add(int(frames[place + 1]))
     return tuple(sorted(starts))
 
 
