@@ -8,7 +8,7 @@ import pytest
 
 from talk3d.apps import build as building
 from talk3d.apps.build import BuildConfig, build, checkpoint_beside, fingerprint, remove_checkpoints, sha256_of
-from talk3d.errors import ConfigError
+from talk3d.errors import ConfigError, TrackingError
 
 Calls = list[str]
 
@@ -159,3 +159,19 @@ def test_only_the_checkpoints_of_one_output_are_removed(tmp_path: Path) -> None:
         path.touch()
     remove_checkpoints(tmp_path / "a[1].t3d")
     assert list(tmp_path.iterdir()) == [other]
+
+
+def test_a_refused_video_stops_before_anything_is_made_unless_told_otherwise(
+    video: Path, tmp_path: Path, calls: Calls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = {"what": "sound", "found": "-90 dB", "judgement": "refuse", "advice": "record with a microphone"}
+
+    def track(video: Path, config: Any, *, review: Any, **rest: Any) -> Product:
+        review({"verdict": "refuse", "lines": [line], "warnings": []})
+        return Product("clip")
+
+    monkeypatch.setattr(building, "track", track)
+    with pytest.raises(TrackingError, match=r"me.mp4: -90 dB: record with a microphone; --yes"):
+        build(video, tmp_path / "me.t3d", BuildConfig())
+    assert calls == []
+    assert build(video, tmp_path / "me.t3d", BuildConfig(), yes=True) == ["track", "personalize", "train"]

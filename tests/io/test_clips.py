@@ -163,3 +163,14 @@ def test_pictures_of_different_sizes_need_a_side(folder: Path) -> None:
     with pytest.raises(MediaError, match="differ in size"):
         load_heads(folder)
     assert load_heads(folder, 8).images.shape == (3, 8, 8, 4)
+
+
+def test_a_clip_mapped_from_disk_is_written_piece_by_piece(tmp_path: Path):
+    make_clip(300).save(tmp_path / "one.clip")
+    loaded = load_clip(tmp_path / "one.clip")
+    part = replace(loaded, masks=FaceMasks(person=np.asfortranarray(loaded.masks.person), source="drawn"))
+    part.save(tmp_path / "two.clip")
+    for name in ("frames.npy", "masks.npy", "track.safetensors"):
+        assert (tmp_path / "one.clip" / name).read_bytes() == (tmp_path / "two.clip" / name).read_bytes()
+    loaded.save(tmp_path / "one.clip")
+    assert np.array_equal(load_clip(tmp_path / "one.clip").frames, loaded.frames)

@@ -86,9 +86,13 @@ def test_pictures_shown_two_and_three_times_are_taken_out_of_sixty_a_second():
     shown = np.floor(np.arange(600) * 25 / 60)
     change = np.where(np.diff(shown, prepend=-1) > 0, changes(600), 0.05)
     duplicate = find_duplicates(change)
-    assert duplicate.sum() == pytest.approx(350, abs=5)
+    assert duplicate.sum() == pytest.approx(350, abs=2)
     assert not duplicate[np.diff(shown, prepend=-1) > 0].any()
     assert not find_duplicates(np.r_[change[:12], np.full(300, 0.01)]).any()
+    assert not find_duplicates(np.r_[255.0, np.zeros(19), change[duplicate == 0][:50]]).any()
+    stamps = np.arange(600) / 60
+    picked = np.flatnonzero(~duplicate)[constant_rate(retime(stamps, duplicate, 1 / 60), 25.0, 1 / 60)]
+    assert (shown[picked] == np.arange(250)).mean() > 0.99
 
 
 def test_a_frame_has_the_largest_value_of_the_pictures_it_passed():

@@ -160,6 +160,43 @@ def test_a_long_gap_ends_the_stretch_that_is_used(film: Callable[..., Path]):
     assert any("left out" in warning for warning in clip.check["warnings"])
 
 
+def test_sound_is_moved_forward_by_as_much_as_it_is_late(film: Callable[..., Path]):
+    path = film(lambda frames: frames[:30])
+    plain, moved = (tracking.track(path, tracking.TrackConfig(audio_offset_ms=late)) for late in (0.0, 200.0))
+    assert torch.equal(moved.waveform.samples[:12000], plain.waveform.samples[3200:15200])
+    assert moved.waveform.samples.shape == plain.waveform.samples.shape
+    assert moved.check["audio_offset_applied_ms"] == 200
+    assert torch.equal(moved.track.landmarks, plain.track.landmarks)
+
+
+def test_sound_is_cut_with_silence_where_there_is_none():
+    ramp = Waveform(samples=torch.arange(10.0), sample_rate_hz=10)
+    assert tracking.cut_sound(ramp, 0.2, 0.5).samples.tolist() == [2, 3, 4, 5, 6]
+    assert tracking.cut_sound(ramp, -0.2, 0.5).samples.tolist() == [0, 0, 0, 1, 2]
+    assert tracking.cut_sound(ramp, 0.8, 0.5).samples.tolist() == [8, 9, 0, 0, 0]
+    assert tracking.cut_sound(ramp, -3, 0.5).samples.tolist() == [0] * 5
+    assert tracking.cut_sound(ramp, 3, 0.5).samples.tolist() == [0] * 5
+
+
+def test_the_report_is_heard_before_the_crops_and_can_stop_the_work(film: Callable[..., Path]):
+    heard: list[str] = []
+
+    def review(report: Any) -> None:
+        heard.append(report["verdict"])
+        raise RuntimeError("enough")
+
+    with pytest.raises(RuntimeError, match="enough"):
+        tracking.track(film(lambda frames: frames[:30]), progress=lambda stage, *rest: heard.append(stage), review=review)
+    assert heard == ["faces"] * 30 + ["refuse"]
+
+
+def test_cuts_of_the_film_are_those_of_the_clip(film: Callable[..., Path]):
+    clip = tracking.track(film(lambda frames: [*[np.zeros_like(frames[0])] * 20, *frames[:30], *[frame[:, ::-1] // 2 for frame in frames[:20]]]))
+    assert clip.check["first_frame"] == 20
+    assert clip.check["cuts"] == [30]
+    assert clip.check["cuts_s"] == [1.2]
+
+
 def test_silence_is_a_warning(film: Callable[..., Path]):
     clip = tracking.track(film(lambda frames: frames[:30], Waveform(samples=torch.zeros(48000), sample_rate_hz=16000)))
     assert any("silent" in warning for warning in clip.check["warnings"])
@@ -183,7 +220,17 @@ def test_what_cannot_be_tracked_is_refused_in_one_line(film: Callable[..., Path]
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"fps": 0.0}, {"fps": float("nan")}, {"fps": -5.0}, {"size_px": 7}, {"size_px": -5}, {"held_out_s": -1.0}, {"min_length_s": 0.0}]
+    "wrong",
+    [
+        {"fps": 0.0},
+        {"fps": float("nan")},
+        {"fps": -5.0},
+        {"size_px": 7},
+        {"size_px": -5},
+        {"held_out_s": -1.0},
+        {"min_length_s": 0.0},
+        {"audio_offset_ms": 1e6},
+    ],
 )
 def test_settings_that_cannot_work_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="track "):

@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import numpy as np
 from jaxtyping import Float, Int
-from scipy.ndimage import binary_closing, maximum_filter1d, minimum_filter1d, percentile_filter
+from scipy.ndimage import binary_closing, maximum_filter1d, minimum_filter1d, percentile_filter, uniform_filter1d
 
 DUPLICATE_CEILING = 0.1
 """Mean grey-level difference (0..255) below which two frames may be the same picture."""
@@ -50,13 +50,14 @@ def _held(change: np.ndarray) -> np.ndarray:
     """Repeats where each picture is shown for 2, 3 or 4 places, even to one place, over at least a second; a still scene is none."""
     duplicate = np.zeros(len(change), bool)
     beside = maximum_filter1d(change, 3, mode="nearest")
-    repeats = (change < HELD_CEILING) & (change < 0.6 * beside)
+    repeats = (change < HELD_CEILING) & (change < 0.6 * beside) & (beside > DUPLICATE_CEILING)
     shown = np.flatnonzero(~repeats)
-    lengths = np.diff(shown)
+    lengths = np.diff(shown, append=len(change))
     if not len(lengths):
         return duplicate
     low, high = minimum_filter1d(lengths, 6, mode="nearest"), maximum_filter1d(lengths, 6, mode="nearest")
-    even = binary_closing(np.pad((high <= 4) & (high - low <= 1) & (high >= 2), 12, mode="edge"), np.ones(13))[12:-12]
+    mean = uniform_filter1d(lengths.astype(float), 6, mode="nearest")
+    even = binary_closing(np.pad((high <= 4) & (high - low <= 1) & (mean >= 1.5), 12, mode="edge"), np.ones(13))[12:-12]
     for run in np.split(np.arange(len(lengths)), np.flatnonzero(np.diff(even.astype(int))) + 1):
         if len(run) >= 12 and even[run[0]]:
             duplicate[shown[run[0]] : shown[run[-1]] + lengths[run[-1]]] = True
@@ -128,6 +129,8 @@ def retime(stamps: np.ndarray, duplicate: np.ndarray, step_s: float) -> np.ndarr
     if not len(places):
         return times
     reach = int(np.median(np.diff(places)))
+    if reach <= 2:  # every picture is held until the next is due, so the stamps are right
+        return times
     for run in np.split(places, np.flatnonzero(np.diff(places) > 3 * reach + 1) + 1):
         low, high = max(run[0] - reach + 1, 0), min(run[-1] + reach - 1, len(stamps) - 1)
         inside = np.flatnonzero((kept >= low) & (kept <= high))
