@@ -9,14 +9,15 @@ import pytest
 import torch
 
 from talk3d.models.generator import GeneratorConfig, TriplaneGenerator
-from talk3d.models.renderer import RendererConfig, SuperresolutionConfig
+from talk3d.models.renderer import RendererConfig
+from talk3d.models.superresolution import PUBLISHED
 from talk3d.ops.geometry import head_camera
 from talk3d.presets import FFHQ512, TINY
 from talk3d.types import Camera, Triplane
 
 SUPERRESOLUTION = {
-    "tiny128": (SuperresolutionConfig(input_side=64, channels=(128, 64), up=(False, True)), 1),
-    "tiny512": (SuperresolutionConfig(), 2),
+    "tiny128": (PUBLISHED["SuperresolutionHybrid2X"], 1),
+    "tiny512": (PUBLISHED["SuperresolutionHybrid8XDC"], 2),
 }
 """Of the fixtures, with how their stored pictures are thinned out."""
 
@@ -41,9 +42,9 @@ def test_render_is_paint_then_render_and_takes_labels() -> None:
     assert generator.render(ws, camera, neural_rendering_resolution=9).raw.shape == (2, 3, 9, 9)
 
 
-def test_label_scale_zero_ignores_the_camera() -> None:
+def test_c_scale_zero_ignores_the_camera() -> None:
     config = replace(TINY, c_dim=25, mapping_layers=2)
-    generator, deaf = TriplaneGenerator(config), TriplaneGenerator(replace(config, label_scale=0.0))
+    generator, deaf = TriplaneGenerator(config), TriplaneGenerator(replace(config, c_scale=0.0))
     deaf.load_state_dict(generator.state_dict())
     z, labels = torch.randn(1, 8), torch.randn(2, 1, 25)
     assert deaf.mapping(z, labels[0]).equal(deaf.mapping(z, labels[1]))
@@ -58,12 +59,11 @@ def test_planes_are_thirds_of_the_channels() -> None:
 
 
 def test_names_and_shapes_are_the_published_ones(shared: Path) -> None:
-    """A meta-device model of full size: every published key is there, and nothing else but buffers that are constants."""
+    """A meta-device model of full size has exactly the published entries."""
     published = json.loads((shared / "fixtures" / "state_dict_keys.json").read_text())["eg3d_ffhq512_128"]
     with torch.device("meta"):
         mine = {name: list(value.shape) for name, value in TriplaneGenerator(FFHQ512).state_dict().items()}
-    wanted = {name: list(shape) for name, shape in published.items() if not name.endswith("resample_filter") and name != "dataset_label_std"}
-    assert mine == wanted
+    assert mine == published
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def arrays(shared: Path) -> dict[str, tuple[dict[str, torch.Tensor], dict[str, t
     for name in SUPERRESOLUTION:
         weights, expected = (np.load(shared / "fixtures" / f"eg3d_{name}_{kind}.npz") for kind in ("weights", "expected"))
         found[name] = (
-            {key: torch.from_numpy(weights[key]) for key in weights.files if not key.endswith("resample_filter")},
+            {key: torch.from_numpy(weights[key]) for key in weights.files},
             {key: torch.from_numpy(expected[key]).float() for key in expected.files},
         )
     return found

@@ -11,6 +11,12 @@ from torch import Tensor
 _TAPS = (0.125, 0.375, 0.375, 0.125)
 
 
+def fir_filter() -> Float[Tensor, "4 4"]:
+    """Return the filter: a constant, which the published networks nevertheless store beside their weights."""
+    taps = torch.tensor(_TAPS)
+    return torch.outer(taps, taps)
+
+
 def fir(x: Float[Tensor, "b c h w"], pad: tuple[int, int], gain: float = 1.0, stride: int = 1) -> Float[Tensor, "b c i j"]:
     """Zero-pad by `pad` (before, after) on both axes, then correlate every channel with gain · filter, keeping the valid part.
 
