@@ -80,16 +80,20 @@ def test_a_talking_avatar_moves(avatar: Avatar) -> None:
     assert not torch.allclose(first, second)
 
 
-def test_what_depends_on_the_person_is_computed_once_and_forgotten_with_the_mode(avatar: Avatar) -> None:
+def test_what_depends_on_the_person_is_computed_once_and_anew_when_a_weight_changes(avatar: Avatar) -> None:
     speak(avatar)
     given = driving()
     with torch.no_grad():
         first = avatar.deltaplane(given).planes
         kept = avatar._prefix
         assert kept is not None and avatar.deltaplane(given).planes.equal(first) and avatar._prefix is kept
-        avatar.predictor.proj_in["lin_xy"].weight.mul_(2)
-        avatar.eval()
-        assert not torch.allclose(avatar.deltaplane(given).planes, first)
+        for weight in (avatar.predictor.transformer[0].proj_in["lin_xy"].weight, avatar.personalized.identity):
+            weight.mul_(2)
+            second = avatar.deltaplane(given).planes
+            assert not torch.allclose(second, first) and avatar._prefix is not kept
+            first, kept = second, avatar._prefix
+        avatar.load_state_dict(avatar.state_dict())
+        assert avatar.deltaplane(given).planes.equal(first) and avatar._prefix is not kept
 
 
 def test_nothing_is_kept_with_gradients_or_in_training(avatar: Avatar) -> None:

@@ -26,8 +26,8 @@ def test_tokens_are_audio_blink_null_rotation_landmarks() -> None:
     assert tokens.shape == (3, 5, 10)
     torch.testing.assert_close(tokens[:, BLINK], model.blink_encoder(given.blink))
     torch.testing.assert_close(tokens[:, NULL], model.null_vector[0].expand(3, -1))
-    torch.testing.assert_close(tokens[:, ROTATION], model.rotation_encoder(given.head_pose))
-    torch.testing.assert_close(tokens[:, LANDMARKS], model.landmark_encoder(given.anchors))
+    torch.testing.assert_close(tokens[:, ROTATION], model.camera_encoder(given.head_pose, given.anchors)[0])
+    torch.testing.assert_close(tokens[:, LANDMARKS], model.camera_encoder(given.head_pose, given.anchors)[1])
     vectors = torch.stack([torch.stack([model.audio_net(window.T[None])[0] for window in frame]) for frame in given.audio])
     torch.testing.assert_close(tokens[:, AUDIO], model.audio_att_net(vectors))
 
