@@ -184,6 +184,7 @@ class DeltaplanePredictor(nn.Module):
     """
 
     scale: Tensor
+    bases: nn.Parameter | None
 
     def __init__(self, config: DeltaplaneConfig) -> None:
         super().__init__()
