@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from talk3d.errors import ConfigError
 from talk3d.models.generator import GeneratorConfig, TriplaneGenerator
 from talk3d.models.renderer import RendererConfig
 from talk3d.models.superresolution import PUBLISHED
@@ -119,3 +120,33 @@ def test_pictures_of_known_generators(name: str, axes: str, arrays) -> None:
     torch.testing.assert_close(rendering.raw, expected[f"image_raw_{axes}_axes"][:count], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(rendering.depth, expected[f"image_depth_{axes}_axes"][:count], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(rendering.image[..., ::step, ::step], expected[f"image_{axes}_axes"][:count], atol=1e-3, rtol=1e-3)
+
+
+def test_zero_conditioning_ignores_the_camera_as_a_label_of_zeros_would() -> None:
+    config = replace(TINY, c_dim=25, mapping_layers=2)
+    generator, deaf = TriplaneGenerator(config), TriplaneGenerator(replace(config, c_gen_conditioning_zero=True))
+    deaf.load_state_dict(generator.state_dict())
+    z, label = torch.randn(1, 8), torch.randn(1, 25)
+    assert deaf.mapping(z, label).equal(generator.mapping(z, torch.zeros(1, 25)))
+    with pytest.raises(ConfigError, match="give labels"):
+        generator.mapping(z)
+
+
+def test_a_clamp_bounds_the_backbone() -> None:
+    free, bounded = TriplaneGenerator(TINY), TriplaneGenerator(replace(TINY, conv_clamp=0.01))
+    bounded.load_state_dict(free.state_dict())
+    ws = free.mapping(torch.randn(1, 8))
+    assert free.triplane(ws).planes.abs().max() > 0.1
+    # four resolutions, each adding at most 0.01
+    assert 0.01 < bounded.triplane(ws).planes.abs().max() <= 0.04 + 1e-6
+
+
+def test_the_raw_picture_stays_what_was_rendered() -> None:
+    """At the input side of a module that adds without doubling, which needs no resizing, the raw picture is still that before it."""
+    sizes = replace(TINY.renderer, superresolution=replace(PUBLISHED["SuperresolutionHybrid2X"], input_side=16, channels=(8, 8)))
+    generator = TriplaneGenerator(replace(TINY, renderer=sizes)).eval()
+    ws, camera = generator.mapping(torch.randn(1, 8)), head_camera(torch.zeros(1, 3))
+    rendering = generator.render(ws, camera)
+    features, _, _ = generator.render_rays(generator.triplane(ws), generator.rays(camera, 16))
+    torch.testing.assert_close(rendering.raw.flatten(2), 2 * features.transpose(1, 2)[:, :3] - 1)
+    assert rendering.raw.equal(rendering.features[:, :3]) and rendering.image.shape[-1] == 32
