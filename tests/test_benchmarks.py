@@ -28,6 +28,7 @@ def test_it_measures_every_part(tmp_path: Path, capsys) -> None:
 
 
 def test_it_needs_only_the_networks() -> None:
-    code = f"import sys; sys.modules.update(dict.fromkeys({NOT_NEEDED!r})); sys.argv = ['model.py', '--help']; import runpy; runpy.run_path({str(BENCHMARK)!r}, run_name='__main__')"
+    without = f"import sys; sys.modules.update(dict.fromkeys({NOT_NEEDED!r})); sys.argv = ['model.py', '--help']"
+    code = f"{without}; import runpy; runpy.run_path({str(BENCHMARK)!r}, run_name='__main__')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0 and "--tf32" in done.stdout, done.stderr
