@@ -142,6 +142,7 @@ class Avatar(nn.Module):
         self.predictor = DeltaplanePredictor(config.deltaplane)
         self.register_buffer("background", background)
         self.audio_source, self.fps, self.provenance = audio_source, fps, dict(provenance)
+        self._prefix_modules = list(self.predictor.modules())
         self._prefix: DeltaplanePrefix | None = None
         self._prefix_state: list[tuple[int, int]] = []
 
@@ -161,8 +162,11 @@ class Avatar(nn.Module):
     def _prepared(self, batch: int) -> DeltaplanePrefix:
         if self.training or torch.is_grad_enabled():
             return self.predictor.prepare(self.personalized.triplane, batch)
-        parts = [self.personalized.identity, *self.predictor.parameters(), *self.predictor.buffers()]
-        state = [(part.data_ptr(), 0 if part.is_inference() else part._version) for part in parts]
+        parts = [
+            self.personalized.identity,
+            *(part for module in self._prefix_modules for part in (*module._parameters.values(), *module._buffers.values())),
+        ]
+        state = [(part.data_ptr(), 0 if part.is_inference() else part._version) for part in parts if part is not None]
         if self._prefix is None or state != self._prefix_state:
             self._prefix, self._prefix_state = self.predictor.prepare(self.personalized.triplane), state
         return self._prefix
