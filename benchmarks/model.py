@@ -198,7 +198,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
     parser.add_argument("--tf32", action="store_true", help="let the GPU round factors to 10 bits, which is faster and not exact")
     parser.add_argument("--no-compile", dest="compile", action="store_false")
-    parser.add_argument("--compile-budget-s", type=float, default=200, help="no part is compiled that starts later than this")
+    parser.add_argument("--compile-budget-s", type=float, default=150, help="no part is compiled that starts later than this")
     parser.add_argument("--commit", help="named in the results; by default asked of git")
     parser.add_argument("--out", type=Path, help="where the results go")
     chosen = parser.parse_args(arguments)

@@ -113,9 +113,3 @@ def test_released_roll_out_equals_its_formula() -> None:
         torch.cat([rows(over_rows(a)), columns(over_columns(b)), c], 1),
     ]
     torch.testing.assert_close(roll_out(torch.stack([a, b, c], 1), "released"), torch.stack(expected, 1))
-
-
-def test_many_points_are_looked_up_as_few_are() -> None:
-    planes, coordinates = torch.randn(2, 3, 4, 5, 6), 2.4 * torch.rand(2, 3, 500, 2) - 1.2
-    few = [sample_planes(planes, part) for part in coordinates.split(50, 2)]
-    torch.testing.assert_close(sample_planes(planes, coordinates), torch.cat(few, 1))

@@ -35,12 +35,9 @@ def project_points(points: Float[Tensor, "b n 3"], axes: PlaneAxes, box_warp: fl
 
 def sample_planes(planes: Float[Tensor, "b 3 c h w"], coordinates: Float[Tensor, "b 3 n 2"]) -> Float[Tensor, "b n c"]:
     """Mean over the planes of bilinear features at `coordinates`; zero outside the planes."""
-    batch, _, channels, height, width = planes.shape
+    batch, _, channels = planes.shape[:3]
     grid = coordinates.flatten(0, 1).unsqueeze(1)  # (b 3) 1 n 2
-    flat = planes.flatten(0, 1)
-    if flat.device.type == "cpu" and grid.shape[2] > 4 * height * width:
-        flat = flat.contiguous(memory_format=torch.channels_last)  # copying pays when there are many points
-    found = F.grid_sample(flat, grid, mode="bilinear", padding_mode="zeros", align_corners=False)  # (b 3) c 1 n
+    found = F.grid_sample(planes.flatten(0, 1), grid, mode="bilinear", padding_mode="zeros", align_corners=False)  # (b 3) c 1 n
     return found.view(batch, 3, channels, -1).mean(1).transpose(1, 2)  # b n c
 
 
