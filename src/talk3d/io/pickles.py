@@ -1,7 +1,7 @@
 """A pickle machine that runs nothing: it turns a stream into plain values and inert nodes, within limits.
 
-Python's unpickler imports and calls what a file names, and allocates what a file claims. Files of published weights are pickles all the same. This machine knows
-the opcodes that data written by Python 3 needs (protocols 2 to 5); it cannot import or call anything, a global that is not allowed ends it, long
+Python's unpickler imports and calls what a file names, and allocates what a file claims. Files of published weights are pickles all the same.
+This machine knows the opcodes that data needs (protocols 2 to 5). It cannot import or call anything, a global that is not allowed ends it, long
 strings stay slices of the file, and what comes out has no cycles, is shallow, and is small even when shared parts are counted each time.
 
 It must not import pickle, and does not know what the names in a file mean: that is for the readers above it.

@@ -1,8 +1,8 @@
 """What torch's files mean, read off the inert nodes of `io.pickles`: storages, tensors, plain values; both layouts of `torch.save`.
 
-A storage is read only when a tensor in it is wanted, straight from the mapped file, after its claimed size was compared with the bytes that are there. A tensor must
-lie inside its storage and not overlap itself. Archives may only hold stored (uncompressed) entries beside each other, as torch writes them,
-so nothing can grow while it is read.
+Only the tensors that are wanted are read, straight from the mapped file, after the claimed sizes were compared with the bytes that are there.
+A tensor must lie inside its storage and not overlap itself. Archives may only hold stored (uncompressed) entries beside each other, as torch
+writes them, so nothing can grow while it is read.
 """
 
 import math
