@@ -79,7 +79,9 @@ class Eg3dWriter:
     def module(self, class_name: str, tensors: dict[str, Tensor], modules: dict[str, Any], **attributes: Any) -> Any:
         state = {
             "training": False,
-            "_parameters": OrderedDict((k, nn.Parameter(v, requires_grad=False)) for k, v in tensors.items() if k in ("weight", "bias", "const", "noise_strength")),
+            "_parameters": OrderedDict(
+                (k, nn.Parameter(v, requires_grad=False)) for k, v in tensors.items() if k in ("weight", "bias", "const", "noise_strength")
+            ),
             "_buffers": OrderedDict((k, v) for k, v in tensors.items() if k not in ("weight", "bias", "const", "noise_strength")),
             "_non_persistent_buffers_set": set(),
             "_forward_hooks": OrderedDict(),

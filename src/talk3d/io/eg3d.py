@@ -6,6 +6,7 @@ tensors themselves, settings from the live attributes, and from the arguments of
 Reference: EG3D (arXiv 2112.07945).
 """
 
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 from talk3d.errors import WeightsError
 from talk3d.io.pickles import Global, Node, read_pickle, shown
 from talk3d.io.torch_files import TENSOR_GLOBALS, VALUE_GLOBALS, Values, described, items_of, map_file, naming, size_of
-from talk3d.io.weights import check_fit, load_strictly
+from talk3d.io.weights import load_strictly
 from talk3d.models.generator import GeneratorConfig, TriplaneGenerator
 from talk3d.models.renderer import RendererConfig
 from talk3d.models.superresolution import PUBLISHED, SuperresolutionConfig
@@ -68,18 +69,15 @@ def import_eg3d(path: str | Path, *, plane_axes: PlaneAxes | None = None) -> Tri
         root = read_pickle(data, _ALLOWED).value
         network = _Network(_find_generator(root), Values(2 * len(data) + 2**20))
         config = network.config(plane_axes)
-        with torch.device("meta"):
-            wanted = {name: tuple(value.shape) for name, value in TriplaneGenerator(config).state_dict().items()}
-        found = {name: size_of(node) for name, node in network.tensors.items() if name != "dataset_label_std"}
-        constants = {name for name in wanted if name.endswith("resample_filter")}
-        check_fit(wanted, found | {name: wanted[name] for name in constants - found.keys()})
-        tensors = {name: network.values.tensor(network.tensors[name]) for name in found}  # only now is anything as large as the file claims
+        numbers, claimed = _count_numbers(config), sum(math.prod(size_of(node)) for node in network.tensors.values())
+        if not claimed / 2 <= numbers <= 2 * claimed:  # before anything that large is made
+            raise WeightsError(f"it has {claimed} numbers, its settings want {numbers}: the file is damaged")
+        tensors = {name: network.values.tensor(node) for name, node in network.tensors.items() if name != "dataset_label_std"}
         generator = TriplaneGenerator(config)
-        for name in constants:
-            filter_taps = generator.get_buffer(name)
-            if not torch.allclose(tensors.setdefault(name, filter_taps).float(), filter_taps):
-                raise WeightsError(f"{shown(name)} is another filter than EG3D's [1, 3, 3, 1]: this generator cannot be used")
-        load_strictly(generator, tensors, "its tensors")
+        for name, constant in generator.named_buffers():
+            if name.endswith("resample_filter") and not torch.allclose(tensors.setdefault(name, constant).float(), constant):
+                raise WeightsError(f"{name} is another filter than EG3D's [1, 3, 3, 1]: this generator cannot be used")
+        load_strictly(generator, tensors, "its content")
         return generator.eval()
 
 
@@ -113,6 +111,26 @@ def _class_of(node: Node) -> str:
     return node.name
 
 
+def _count_numbers(config: GeneratorConfig) -> int:
+    """Return the number of parameters, noises and constants of a generator, without making one."""
+    r, s = config.renderer, config.renderer.superresolution
+
+    def block(before: int, channels: int, side: int, image_channels: int) -> int:
+        layers = [(before, channels)] * bool(before) + [(channels, channels)]
+        convolutions = sum(9 * i * o + o + side * side + 1 + (r.w_dim + 1) * i for i, o in layers)
+        return convolutions + (0 if before else channels * side * side) + image_channels * (channels + 1) + (r.w_dim + 1) * channels
+
+    embedded = r.w_dim if config.c_dim else 0
+    mapping = r.w_dim * (config.z_dim + embedded + config.c_dim + bool(config.c_dim) + 2 + (config.mapping_layers - 1) * (r.w_dim + 1))
+    sides = [2**k for k in range(2, r.plane_resolution.bit_length())]
+    channels = [0] + [min(config.channel_base // side, config.channel_max) for side in sides]
+    backbone = sum(block(i, o, side, 3 * r.plane_channels) for i, o, side in zip(channels[:-1], channels[1:], sides, strict=True))
+    decoder = r.decoder_hidden * (r.plane_channels + 1 + r.feature_channels + 1) + r.feature_channels + 1
+    middle = s.output_side // 2 if s.up[1] else s.output_side
+    refined = block(r.feature_channels, s.channels[0], middle, 3) + block(*s.channels, s.output_side, 3)
+    return mapping + backbone + decoder + refined
+
+
 class _Network:
     """A generator's tensors by name, and the attributes of its modules by path."""
 
@@ -130,13 +148,14 @@ class _Network:
             raise WeightsError(f"the generator holds a {shown(name)}, which is none of EG3D's modules: it cannot be used")
         self.classes[path.rstrip(".")], self.modules[path.rstrip(".")] = name, attributes
         passing = self.values.plain(attributes.get("_non_persistent_buffers_set")) or ()
-        for kind in ("_parameters", "_buffers"):
-            for key, tensor in items_of(attributes.get(kind, {})).items():
-                if tensor is not None and key not in passing:
-                    self.tensors[f"{path}{key}"] = tensor
-        for key, module in items_of(attributes.get("_modules", {})).items():
-            if module is not None:
-                self._walk(module, f"{path}{key}.")
+        for kind in ("_parameters", "_buffers", "_modules"):
+            for key, part in items_of(attributes.get(kind, {})).items():
+                if not re.fullmatch(r"\w{1,64}", str(key), re.ASCII):
+                    raise WeightsError(f"{shown(key)} is no name of a module or tensor, so the file is damaged")
+                if part is not None and kind == "_modules":
+                    self._walk(part, f"{path}{key}.")
+                elif part is not None and key not in passing:
+                    self.tensors[f"{path}{key}"] = part
 
     def plain(self, path: str, name: str, default: Any = None) -> Any:
         """Return an attribute of a module, or the default if it has none."""

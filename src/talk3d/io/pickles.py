@@ -108,7 +108,8 @@ class _Machine:
         if self.number(1) != 0x80 or not 2 <= self.number(1) <= 5:
             raise _refuse("no pickle of protocols 2 to 5 starts here")
         for _ in range(MAX_OPCODES):
-            code = self.number(1)
+            code = self.data[self.position]
+            self.position += 1
             if code == 0x2E:  # STOP
                 if self.outer or len(self.stack) != 1:
                     raise _refuse("the pickle stops in the middle of something")

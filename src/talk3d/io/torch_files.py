@@ -113,7 +113,6 @@ class Values:
             WeightsError: it is none, does not lie in its storage, or overlaps itself.
         """
         source, offset, size, stride = _tensor_arguments(node)
-        _check_size(offset, size, stride)
         data, dtype = self._find_storage(source, 64 * math.prod(size) + _MAX_PLAIN_BYTES)
         _check_bounds(len(data) // dtype.itemsize, offset, size, stride)
         self._budget -= math.prod(size) * dtype.itemsize
@@ -236,6 +235,7 @@ def _tensor_arguments(node: Any) -> tuple[Any, Any, Any, Any]:
     if not (isinstance(node, Node) and node.name in ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor")):
         raise WeightsError(f"{described(node)} stands where a tensor is expected")
     source, offset, size, stride, *_ = node.arguments
+    _check_size(offset, size, stride)
     return source, offset, size, stride
 
 

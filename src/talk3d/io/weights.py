@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 import talk3d
 from talk3d.errors import WeightsError
-from talk3d.io.pickles import shown
 from talk3d.models.avatar import Avatar, AvatarConfig, Performance, PersonalizedGenerator, Prior
 from talk3d.models.generator import GeneratorConfig, TriplaneGenerator
 from talk3d.models.renderer import RendererConfig
@@ -75,19 +74,6 @@ def load_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, An
     return tensors, header
 
 
-def check_fit(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> None:
-    """Compare the names and sizes of tensors with those that a model wants.
-
-    Raises:
-        WeightsError: names are missing or unexpected, or a size differs.
-    """
-    missing, unexpected = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
-    shapes = [f"{name} {shown(found[name])} instead of {size}" for name, size in wanted.items() if name in found and found[name] != size]
-    if missing or unexpected or shapes:
-        unexpected = [shown(name) for name in unexpected]
-        raise WeightsError(f"does not fit the model: missing {missing[:5]}, unexpected {unexpected[:5]}, wrong shape {shapes[:5]}")
-
-
 def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], path: Path | str) -> None:
     """Copy tensors into a module; every name and shape must fit.
 
@@ -95,10 +81,10 @@ def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], path: Path |
         WeightsError: names are missing or unexpected, or a shape differs.
     """
     wanted = module.state_dict()
-    try:
-        check_fit({k: tuple(v.shape) for k, v in wanted.items()}, {k: tuple(v.shape) for k, v in tensors.items()})
-    except WeightsError as error:
-        raise WeightsError(f"{path} {error}") from error
+    missing, unexpected = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
+    shapes = [f"{k} {tuple(tensors[k].shape)} instead of {tuple(v.shape)}" for k, v in wanted.items() if k in tensors and tensors[k].shape != v.shape]
+    if missing or unexpected or shapes:
+        raise WeightsError(f"{path} does not fit the model: missing {missing[:5]}, unexpected {unexpected[:5]}, wrong shape {shapes[:5]}")
     module.load_state_dict({k: tensors[k].to(v.dtype) for k, v in wanted.items()})
 
 
