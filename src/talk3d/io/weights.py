@@ -26,6 +26,7 @@ HEADER_FIELDS = {
     "prior": {"config", "w_std", "provenance"},
     "person": {"config", "provenance"},
     "avatar": {"renderer", "config", "audio_source", "fps", "person", "provenance"},
+    "published": {"config", "provenance"},
     "checkpoint": {"step", "skeleton"},
 }
 """What the header of each kind of file must hold."""
@@ -153,18 +154,20 @@ def _halved(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {k: v.half() if v.is_floating_point() else v for k, v in tensors.items()}
 
 
-def _header(kind: str, **content: Any) -> dict[str, Any]:
+def make_header(kind: str, **content: Any) -> dict[str, Any]:
+    """Return the header of a file of this kind, with the package's version."""
     return {"kind": kind, "talk3d": talk3d.__version__, **content}
 
 
-def save_prior(prior: Prior, path: Path) -> None:
-    """Write a prior as one file.
+def save_prior(prior: Prior, path: Path, *, exact: bool = False) -> None:
+    """Write a prior as one file, weights as float16 unless they must stay exact.
 
     Raises:
         WeightsError: the place cannot be written.
     """
-    header = _header("prior", config=config_to_json(prior.generator.config), w_std=prior.w_std, provenance=prior.provenance)
-    save_tensors(path, _halved(prior.generator.state_dict()), header)
+    header = make_header("prior", config=config_to_json(prior.generator.config), w_std=prior.w_std, provenance=prior.provenance)
+    tensors = prior.generator.state_dict()
+    save_tensors(path, tensors if exact else _halved(tensors), header)
 
 
 def load_prior(path: str | Path = "builtin") -> Prior:
@@ -186,7 +189,7 @@ def save_person(person: PersonalizedGenerator, path: Path) -> None:
     Raises:
         WeightsError: the place cannot be written.
     """
-    header = _header("person", config=config_to_json(person.renderer.renderer_config), provenance=person.provenance)
+    header = make_header("person", config=config_to_json(person.renderer.renderer_config), provenance=person.provenance)
     save_tensors(path, _halved(person.state_dict()), header)
 
 
@@ -216,7 +219,7 @@ def save_avatar(avatar: Avatar, path: Path) -> None:
         "performance.head_pose": performance.head_pose,
         "performance.anchors": performance.anchors,
     }
-    header = _header(
+    header = make_header(
         "avatar",
         renderer=config_to_json(avatar.personalized.renderer.renderer_config),
         config=config_to_json(avatar.config),
