@@ -1,12 +1,11 @@
 """Writes files as the published ones are: EG3D pickles with stand-ins for the classes that they name, so that real pickle streams come out."""
 
-import io
 import pickle
 import sys
 import types
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from talk3d.models.generator import GeneratorConfig, TriplaneGenerator
 from talk3d.models.renderer import RendererConfig
 from talk3d.models.superresolution import PUBLISHED
 
-ANOTHER_RUN = "_imported_module_" + "0123456789abcdef" * 2
+PARAMETERS = ("weight", "bias", "const", "noise_strength")
 PLANE_AXES = {
     "fixed": [[[1, 0, 0], [0, 1, 0], [0, 0, 1]], [[1, 0, 0], [0, 0, 1], [0, 1, 0]], [[0, 0, 1], [0, 1, 0], [1, 0, 0]]],
     "released": [[[1, 0, 0], [0, 1, 0], [0, 0, 1]], [[1, 0, 0], [0, 0, 1], [0, 1, 0]], [[0, 0, 1], [1, 0, 0], [0, 1, 0]]],
@@ -59,16 +58,26 @@ class Names:
         return self.add(module, name, type(name, (base,), {}))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Way:
+    """One of the ways in which such files were written."""
+
+    protocol: int = 4
+    tuned: bool = False
+    old_numpy: bool = False
+    decoder_module: str = "training.triplane"
+    easy: bool = False
+
+
 class Eg3dWriter:
     """Writes a generator as an EG3D pickle."""
 
-    def __init__(self, names: Names, *, protocol: int, numpy_core: str, decoder_module: str, easy: bool) -> None:
-        self.protocol = protocol
+    def __init__(self, names: Names, way: Way) -> None:
         self.persistent = names.function("torch_utils.persistence", "_reconstruct_persistent_obj")
-        self.scalar = names.function("numpy.core.multiarray", "scalar") if numpy_core == "core" else None
-        self.easy_dict = names.plain_class("dnnlib.util", "EasyDict", dict) if easy else dict
+        self.scalar = names.function("numpy.core.multiarray", "scalar") if way.old_numpy else None
+        self.easy_dict = names.plain_class("dnnlib.util", "EasyDict", dict) if way.easy else dict
         self.inert = {
-            "OSGDecoder": names.plain_class(decoder_module, "OSGDecoder"),
+            "OSGDecoder": names.plain_class(way.decoder_module, "OSGDecoder"),
             "ImportanceRenderer": names.plain_class("training.volumetric_rendering.renderer", "ImportanceRenderer"),
             "MipRayMarcher2": names.plain_class("training.volumetric_rendering.ray_marcher", "MipRayMarcher2"),
             "RaySampler": names.plain_class("training.volumetric_rendering.ray_sampler", "RaySampler"),
@@ -118,9 +127,6 @@ class Eg3dWriter:
             extra["weight_gain"] = Called(self.scalar, number.dtype, number.tobytes()) if self.scalar else number
             extra["bias_gain"] = 0.01 if ".fc" in path else 1
         return self.module(name, own, modules, **extra)
-
-    def write(self, path: Path, root: Any) -> None:
-        path.write_bytes(pickle.dumps(root, protocol=self.protocol))
 
 
 def class_of(path: str, superresolution: str, *, plain_block0: bool = False) -> str:
@@ -182,17 +188,19 @@ def small_config(superresolution: str = "SuperresolutionHybrid2X", **changes: An
 
 
 @pytest.fixture
+def make_way() -> type[Way]:
+    """The ways of writing for `write_eg3d`."""
+    return Way
+
+
+@pytest.fixture
 def write_eg3d(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Path, TriplaneGenerator]]:
     """Make a random generator, write it as an EG3D pickle in one of the ways that exist, and return both."""
 
     def write(
         superresolution: str = "SuperresolutionHybrid2X",
         *,
-        protocol: int = 4,
-        root: str = "G_ema",
-        numpy_core: str = "_core",
-        decoder_module: str = "training.triplane",
-        easy: bool = False,
+        way: Way = Way(),
         axes: str | None = "fixed",
         change: Callable[[dict[str, Tensor], dict[str, dict[str, Any]]], None] = lambda tensors, attributes: None,
         beside: Callable[[Names], dict[str, Any]] = lambda names: {},
@@ -204,7 +212,7 @@ def write_eg3d(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...,
                 nn.init.normal_(value, std=0.3)
         generator.get_buffer("backbone.mapping.w_avg").normal_()
         names = Names(monkeypatch)
-        writer = Eg3dWriter(names, protocol=protocol, numpy_core=numpy_core, decoder_module=decoder_module, easy=easy)
+        writer = Eg3dWriter(names, way)
         c, settings = generator.config, writer.easy_dict(rendering_kwargs(generator.config.renderer, superresolution))
         settings["c_scale"] = c.c_scale
         settings["c_gen_conditioning_zero"] = c.c_gen_conditioning_zero
@@ -229,15 +237,8 @@ def write_eg3d(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...,
         made = writer.network(tensors, "", attributes, superresolution)
         networks = {"G": made, "D": None, "G_ema": made, "training_set_kwargs": writer.easy_dict(path="x.zip"), "augment_pipe": None}
         path = tmp_path / "network.pkl"
-        writer.write(path, (networks | beside(names)) if root == "G_ema" else made)
+        path.write_bytes(pickle.dumps(made if way.tuned else networks | beside(names), protocol=way.protocol))
         monkeypatch.undo()
         return path, generator
 
     return write
-
-
-def legacy_stream(tensor: Tensor) -> bytes:
-    """A storage as `torch.save` wrote it before version 1.6, as it is found inside pickles."""
-    with io.BytesIO() as stream:
-        torch.save(tensor.untyped_storage(), stream, _use_new_zipfile_serialization=False)
-        return stream.getvalue()

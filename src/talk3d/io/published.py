@@ -28,8 +28,8 @@ from talk3d.models.generator import TriplaneGenerator
 from talk3d.ops.geometry import intrinsics_matrix, look_at
 from talk3d.types import Camera, PlaneAxes
 
-_ALLOWED = re.compile(rf"{TENSOR_GLOBALS}|{VALUE_GLOBALS}|torch\.storage\._load_from_bytes|torch\.optim\.\w+\.\w+")
-_DROPPED = re.compile(r"torch\.optim\.\w+\.\w+")
+_ALLOWED = re.compile(rf"{TENSOR_GLOBALS}|{VALUE_GLOBALS}|torch\.storage\._load_from_bytes|torch\.optim\.(adam\.Adam|lr_scheduler\.StepLR)")
+_DROPPED = {"torch.optim.adam.Adam", "torch.optim.lr_scheduler.StepLR"}
 _LEGACY_START = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 
 
@@ -44,7 +44,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     with naming(path):
         data = map_file(path)
-        if bytes(data[8:9]) == b"{" and bytes(data[:1]) != b"\x80":
+        if bytes(data[8:9]) == b"{" and int.from_bytes(data[:8], "little") <= len(data):
             return _read_safetensors(path)
         if bytes(data[:4]) == b"PK\3\4":
             root, values = read_archive(data, _ALLOWED)
@@ -53,7 +53,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         else:
             root, values = read_pickle(data, _ALLOWED).value, Values(2 * len(data) + 2**20)
         items = items_of(root)
-        return {key: values.plain(value) for key, value in items.items() if not (isinstance(value, Node) and _DROPPED.fullmatch(value.name))}
+        return {key: values.plain(value) for key, value in items.items() if not (isinstance(value, Node) and value.name in _DROPPED)}
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
@@ -139,16 +139,17 @@ def import_checkpoint(path: str | Path, out: str | Path, *, plane_axes: PlaneAxe
     path = Path(path)
     with naming(path):
         data = map_file(path)
-        source = {"source": path.name, "source_sha256": hashlib.sha256(data).hexdigest()}
-    if bytes(data[:4]) == b"PK\3\4" or bytes(data[: len(_LEGACY_START)]) == _LEGACY_START:
-        parts = import_talk3d(path)
+        is_pickle = bytes(data[:1]) == b"\x80" and bytes(data[: len(_LEGACY_START)]) != _LEGACY_START
+    found = import_eg3d(path, plane_axes=plane_axes) if is_pickle else import_talk3d(path)
+    source = {"source": path.name, "source_sha256": hashlib.sha256(data).hexdigest()}
+    if isinstance(found, Talk3DParts):
+        parts = found
         tensors = _flat(parts)
         header = make_header("published", config=config_to_json(RELEASED), provenance={**parts.provenance, **source})
         save_tensors(Path(out), tensors, header)
         held = [name for name in ("superresolution", "restoration") if getattr(parts, name)]
         return {"kind": "Talk3D", **source, "parameters": sum(tensor.numel() for tensor in tensors.values()), "also": held}
-    generator = import_eg3d(path, plane_axes=plane_axes)
-    renderer = generator.config.renderer
+    generator, renderer = found, found.config.renderer
     prior = Prior(generator=generator, w_std=spread_of(generator), provenance={**source, "plane_axes": renderer.plane_axes})
     save_prior(prior, Path(out), exact=True)
     count = sum(parameter.numel() for parameter in generator.parameters())

@@ -36,7 +36,7 @@ STORAGES = {
 }
 TENSOR_GLOBALS = rf"collections\.OrderedDict|torch\._utils\._rebuild_(tensor|tensor_v2|parameter)|torch\.(cuda\.)?({'|'.join(STORAGES)})Storage"
 VALUE_GLOBALS = (
-    r"(builtins|__builtin__)\.(set|dict|list|bytes|object)|collections\.defaultdict|_codecs\.encode|numpy\.dtype|numpy\.ndarray"
+    r"(builtins|__builtin__)\.(set|dict|list|bytes|object|int|long|float)|collections\.defaultdict|_codecs\.encode|numpy\.dtype|numpy\.ndarray"
     r"|numpy\.(core|_core)\.multiarray\.(scalar|_reconstruct)|(copyreg|copy_reg)\._reconstructor|torch\.Size"
 )
 MAX_ENTRIES = 20_000
@@ -48,6 +48,7 @@ _ENTRY_NAME = re.compile(r"[\w\-.+ ]+(/[\w\-.]+)*", re.ASCII)
 _AS_NUMPY = {2: np.int16, 4: np.int32, 8: np.int64}
 _STORAGE_ONLY = re.compile(rf"torch\.(cuda\.)?({'|'.join(STORAGES)})Storage")
 _MAPPINGS = {"collections.OrderedDict", "collections.defaultdict", "dnnlib.util.EasyDict", "builtins.dict", "__builtin__.dict"}
+_BYTES = ("_codecs.encode", "builtins.bytes", "__builtin__.bytes")
 _SETS = {"builtins.set", "__builtin__.set"}
 _RECONSTRUCTORS = {"copyreg._reconstructor", "copy_reg._reconstructor"}
 
@@ -151,7 +152,7 @@ class Values:
             return tuple(self.plain(node.arguments[0]))
         if node.name in ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar"):
             return _number(node)
-        if node.name == "_codecs.encode":
+        if node.name in _BYTES:
             return _short_bytes(raw_bytes(node))
         return self.tensor(node)
 
@@ -182,9 +183,9 @@ def raw_bytes(value: Any, *, most_text: int = _MAX_PLAIN_BYTES) -> bytes | memor
     """Return the bytes that a value means, also when they were written as text (by protocol 2), of which `most_text` are read."""
     if isinstance(value, memoryview):
         return value
-    if isinstance(value, Node) and value.name in ("builtins.bytes", "__builtin__.bytes") and not value.arguments:
+    if isinstance(value, Node) and value.name in _BYTES[1:] and not value.arguments:
         return b""
-    if not (isinstance(value, Node) and value.name == "_codecs.encode" and value.arguments[1] in ("latin1", "latin-1")):
+    if not (isinstance(value, Node) and value.name == _BYTES[0] and value.arguments[1] in ("latin1", "latin-1")):
         raise WeightsError(f"{described(value)} stands where bytes are expected")
     text = value.arguments[0]
     if isinstance(text, LongText):
