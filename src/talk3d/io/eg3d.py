@@ -6,7 +6,6 @@ tensors themselves, settings from the live attributes, and from the arguments of
 Reference: EG3D (arXiv 2112.07945).
 """
 
-import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch
 from talk3d.errors import WeightsError
 from talk3d.io.pickles import Global, Node, read_pickle, shown
 from talk3d.io.torch_files import TENSOR_GLOBALS, VALUE_GLOBALS, Values, described, items_of, map_file, naming, size_of
-from talk3d.io.weights import load_strictly
+from talk3d.io.weights import build, check_fit, load_strictly
 from talk3d.models.generator import GeneratorConfig, TriplaneGenerator
 from talk3d.models.renderer import RendererConfig
 from talk3d.models.superresolution import PUBLISHED, SuperresolutionConfig
@@ -69,15 +68,16 @@ def import_eg3d(path: str | Path, *, plane_axes: PlaneAxes | None = None) -> Tri
         root = read_pickle(data, _ALLOWED).value
         network = _Network(_find_generator(root), Values(2 * len(data) + 2**20))
         config = network.config(plane_axes)
-        numbers, claimed = _count_numbers(config), sum(math.prod(size_of(node)) for node in network.tensors.values())
-        if not claimed / 2 <= numbers <= 2 * claimed:  # before anything that large is made
-            raise WeightsError(f"it has {claimed} numbers, its settings want {numbers}: the file is damaged")
-        tensors = {name: network.values.tensor(node) for name, node in network.tensors.items() if name != "dataset_label_std"}
-        generator = TriplaneGenerator(config)
-        for name, constant in generator.named_buffers():
-            if name.endswith("resample_filter") and not torch.allclose(tensors.setdefault(name, constant).float(), constant):
-                raise WeightsError(f"{name} is another filter than EG3D's [1, 3, 3, 1]: this generator cannot be used")
-        load_strictly(generator, tensors, "its content")
+        numbers = sum(network.values.count(node) for node in network.tensors.values())
+        generator = build(lambda: TriplaneGenerator(config), numbers, "the generator")
+        wanted = {name: tuple(value.shape) for name, value in generator.state_dict().items()}
+        constants = {name: value for name, value in generator.named_buffers() if name.endswith("resample_filter")}
+        found = {name: size_of(node) for name, node in network.tensors.items() if name != "dataset_label_std"}
+        check_fit(wanted, {name: wanted[name] for name in constants} | found, "the generator")
+        tensors = constants | {name: network.values.tensor(network.tensors[name]) for name in found}
+        if not all(torch.allclose(tensors[name].float(), constants[name]) for name in constants):
+            raise WeightsError("it has another resampling filter than EG3D's [1, 3, 3, 1]: this generator cannot be used")
+        load_strictly(generator, tensors, "the generator")
         return generator.eval()
 
 
@@ -109,26 +109,6 @@ def _class_of(node: Node) -> str:
     if node.name in ("copyreg._reconstructor", "copy_reg._reconstructor"):
         return node.arguments[0].name if isinstance(node.arguments[0], Global) else ""
     return node.name
-
-
-def _count_numbers(config: GeneratorConfig) -> int:
-    """Return the number of parameters, noises and constants of a generator, without making one."""
-    r, s = config.renderer, config.renderer.superresolution
-
-    def block(before: int, channels: int, side: int, image_channels: int) -> int:
-        layers = [(before, channels)] * bool(before) + [(channels, channels)]
-        convolutions = sum(9 * i * o + o + side * side + 1 + (r.w_dim + 1) * i for i, o in layers)
-        return convolutions + (0 if before else channels * side * side) + image_channels * (channels + 1) + (r.w_dim + 1) * channels
-
-    embedded = r.w_dim if config.c_dim else 0
-    mapping = r.w_dim * (config.z_dim + embedded + config.c_dim + bool(config.c_dim) + 2 + (config.mapping_layers - 1) * (r.w_dim + 1))
-    sides = [2**k for k in range(2, r.plane_resolution.bit_length())]
-    channels = [0] + [min(config.channel_base // side, config.channel_max) for side in sides]
-    backbone = sum(block(i, o, side, 3 * r.plane_channels) for i, o, side in zip(channels[:-1], channels[1:], sides, strict=True))
-    decoder = r.decoder_hidden * (r.plane_channels + 1 + r.feature_channels + 1) + r.feature_channels + 1
-    middle = s.output_side // 2 if s.up[1] else s.output_side
-    refined = block(r.feature_channels, s.channels[0], middle, 3) + block(*s.channels, s.output_side, 3)
-    return mapping + backbone + decoder + refined
 
 
 class _Network:

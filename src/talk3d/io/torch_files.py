@@ -107,22 +107,30 @@ class Values:
             raise WeightsError(f"storage {shown(key)} claims {shown(count)} numbers, the file holds {len(data)} bytes for them: get it again")
         return data, dtype
 
+    def count(self, node: Any) -> int:
+        """Return how many numbers a tensor has, after a look whether its storage holds them."""
+        return self._view(node)[0].size
+
     def tensor(self, node: Any) -> Tensor:
         """Read a tensor or parameter.
 
         Raises:
             WeightsError: it is none, does not lie in its storage, or overlaps itself.
         """
+        view, dtype = self._view(node)
+        self._budget -= view.nbytes
+        if self._budget < 0:
+            raise WeightsError("its tensors share their numbers so often that they would be many times larger than the file, so it is a trap")
+        copy = torch.from_numpy(view.copy())
+        return copy != 0 if dtype == torch.bool else copy.view(dtype)
+
+    def _view(self, node: Any) -> tuple[np.ndarray, torch.dtype]:
+        """Return a tensor's numbers where they lie, as integers of their width, and their type."""
         source, offset, size, stride = _tensor_arguments(node)
         data, dtype = self._find_storage(source, 64 * math.prod(size) + _MAX_PLAIN_BYTES)
         _check_bounds(len(data) // dtype.itemsize, offset, size, stride)
-        self._budget -= math.prod(size) * dtype.itemsize
-        if self._budget < 0:
-            raise WeightsError("its tensors share their numbers so often that they would be many times larger than the file, so it is a trap")
-        kind = _AS_NUMPY.get(dtype.itemsize, np.uint8)
         strides = [step * dtype.itemsize for step in stride]
-        copy = torch.from_numpy(np.ndarray(size, kind, data, offset * dtype.itemsize, strides).copy())
-        return copy != 0 if dtype == torch.bool else copy.view(dtype)
+        return np.ndarray(size, _AS_NUMPY.get(dtype.itemsize, np.uint8), data, offset * dtype.itemsize, strides), dtype
 
     def plain(self, value: Any) -> Any:
         """Return plain containers, numbers, short strings and tensors for nodes that mean them.
