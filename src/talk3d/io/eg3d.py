@@ -83,9 +83,8 @@ def import_eg3d(path: str | Path, *, plane_axes: PlaneAxes | None = None) -> Tri
 
 def _find_generator(root: Any) -> Node:
     """Return the generator of a file: the object itself, or the average in a dict of networks."""
-    generator = root
-    if not isinstance(root, Node) or root.name == "dnnlib.util.EasyDict":
-        generator = items_of(root).get("G_ema")
+    alone = isinstance(root, Node) and (root.name == _PERSISTENT or root.state is not None)
+    generator = root if alone else items_of(root).get("G_ema")
     name = _attributes(generator)[0] if isinstance(generator, Node) else described(generator)
     if not isinstance(generator, Node) or name != "TriPlaneGenerator":
         raise WeightsError(f"{shown(name)} is where a TriPlaneGenerator is expected (as G_ema, or alone): give the pickle of an EG3D generator")

@@ -60,7 +60,7 @@ def naming(path: Path | str) -> Iterator[None]:
         yield
     except WeightsError as error:
         raise WeightsError(f"{path}: {error}") from error
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, struct.error, RuntimeError) as error:
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, MemoryError, struct.error, RuntimeError) as error:
         raise WeightsError(f"{path}: its content makes no sense ({type(error).__name__}), so it is damaged or no file of weights") from error
 
 
@@ -70,9 +70,9 @@ def map_file(path: Path) -> memoryview:
     Raises:
         WeightsError: there is no such file, it is empty, or cannot be read.
     """
-    if not path.is_file():
-        raise WeightsError("is not a file: give the path of a file of weights")
     try:
+        if not path.is_file():
+            raise WeightsError("is not a file: give the path of a file of weights")
         with path.open("rb") as file:
             return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
     except ValueError as error:

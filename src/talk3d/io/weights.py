@@ -5,6 +5,7 @@ import json
 import math
 import os
 import typing
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -65,9 +66,9 @@ def load_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, An
     Raises:
         WeightsError: no such file, damaged, or of another kind.
     """
-    if not path.is_file():
-        raise WeightsError(f"{path} is not a file: give the path of a saved {kind}")
     try:
+        if not path.is_file():
+            raise WeightsError(f"{path} is not a file: give the path of a saved {kind}")
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {}).get("talk3d", "null"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -111,7 +112,8 @@ def build(make: Callable[[], M], numbers: int, path: Path | str) -> M:
         WeightsError: the settings make no model, or one that is far too large.
     """
     try:
-        with _Allowance(4 * numbers + 2**22):
+        with warnings.catch_warnings(), _Allowance(4 * numbers + 2**22):
+            warnings.simplefilter("ignore")  # what torch thinks of odd sizes
             return make()
     except WeightsError as error:
         raise WeightsError(f"{path}: {error}") from error
@@ -140,6 +142,8 @@ def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], path: Path |
     """
     wanted = module.state_dict()
     check_fit({k: tuple(v.shape) for k, v in wanted.items()}, {k: tuple(v.shape) for k, v in tensors.items()}, path)
+    if any(tensors[k].is_complex() for k in wanted):
+        raise WeightsError(f"{path} holds complex numbers, which no model here has: make or get the file again")
     module.load_state_dict({k: tensors[k].to(v.dtype) for k, v in wanted.items()})
 
 
