@@ -85,15 +85,20 @@ def speech_level(steps: Float[Tensor, "m c"]) -> Float[Tensor, " m"]:
 
 
 def mel_filters() -> Float[Tensor, "c f"]:
-    """Triangles of 64 mel bands from 0 to 8 kHz, of equal area (Slaney).
+    """Triangles of 64 mel bands from 0 to 8 kHz, of equal area (Slaney)."""
+    triangles, _ = mel_triangles(NUM_BANDS, WINDOW // 2 + 1, 0.0, SAMPLE_RATE_HZ / 2)
+    return (triangles / triangles.sum(-1, keepdim=True).clamp_min(1e-12)).float()
+
+
+def mel_triangles(num_bands: int, num_bins: int, low_hz: float, high_hz: float) -> tuple[Float[Tensor, "c f"], Float[Tensor, "c 1"]]:
+    """Triangles of height 1 over the bins from 0 to 8 kHz, and the width of each at its foot in Hz.
 
     Reference: Slaney, Auditory Toolbox, 1998: linear to 1 kHz, logarithmic above.
     """
-    edges = _mel_to_hz(torch.linspace(0, _hz_to_mel(SAMPLE_RATE_HZ / 2), NUM_BANDS + 2, dtype=torch.float64))
-    bins = torch.linspace(0, SAMPLE_RATE_HZ / 2, WINDOW // 2 + 1, dtype=torch.float64)
+    edges = _mel_to_hz(torch.linspace(_hz_to_mel(low_hz), _hz_to_mel(high_hz), num_bands + 2, dtype=torch.float64))
+    bins = torch.linspace(0, SAMPLE_RATE_HZ / 2, num_bins, dtype=torch.float64)
     low, peak, high = edges[:-2, None], edges[1:-1, None], edges[2:, None]
-    triangles = torch.minimum((bins - low) / (peak - low), (high - bins) / (high - peak)).clamp_min(0)
-    return (triangles / triangles.sum(-1, keepdim=True).clamp_min(1e-12)).float()
+    return torch.minimum((bins - low) / (peak - low), (high - bins) / (high - peak)).clamp_min(0), high - low
 
 
 def _hz_to_mel(hz: float) -> float:
