@@ -16,6 +16,7 @@ from talk3d.perception.landmarks import load_face_model
 from talk3d.perception.lipsync import load_sync_expert, load_syncnet
 from talk3d.perception.perceptual import load_lpips
 from talk3d.perception.restoration import load_restoration
+from talk3d.perception.speech import load_speech
 
 LOADERS: dict[str, Callable[[], object]] = {
     "lpips-alex": lambda: load_lpips("alex"),

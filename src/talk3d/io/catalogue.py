@@ -237,10 +237,15 @@ def check(file: PublishedFile, folder: Path | None = None) -> str:
         WeightsError: it is another file than that.
     """
     path = _place(file, folder)
-    with path.open("rb") as opened:
-        found = hashlib.file_digest(opened, "sha256").hexdigest()
+    found = sha256_of(path)
     _hold(file, found, folder, path)
     return found
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def fetch(name: str, folder: Path | None = None, progress: Progress = silent) -> list[Path]:

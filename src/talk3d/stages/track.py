@@ -3,7 +3,6 @@
 Streams through the video three times (time stamps, faces, crops), so memory does not grow with its length. Prints nothing.
 """
 
-import hashlib
 import logging
 import tempfile
 from collections.abc import Iterator
@@ -18,12 +17,13 @@ from PIL import Image
 from torch import Tensor
 
 from talk3d.errors import ConfigError, MediaError, TrackingError
+from talk3d.io.catalogue import sha256_of
 from talk3d.io.media import VideoScan, read_audio, read_video, scan_video
 from talk3d.ops.geometry import CAMERA_FOCAL, HEAD_PIVOT, view_angles
 from talk3d.perception.headpose import HeadMotion, load_template, solve_head_pose
 from talk3d.perception.landmarks import FaceModel, FaceTracker, load_face_model, normalize_blink
 from talk3d.perception.parsing import SelfieMatting, steady_mattes
-from talk3d.perception.speech import SAMPLE_RATE_HZ, speech_features
+from talk3d.perception.speech import SAMPLE_RATE_HZ, SpeechKind, load_speech
 from talk3d.types import Camera, Clip, FaceMasks, FaceTrack, Progress, Waveform, silent
 
 logger = logging.getLogger(__name__)
@@ -46,6 +46,8 @@ class TrackConfig:
     """Longest time without a face that is bridged; a longer one ends the stretch that is used."""
     min_length_s: float = 1.0
     """Shortest stretch with a face that makes a clip."""
+    speech: SpeechKind = "logmel"
+    """What the avatar will listen to: log-mel, or networks of `talk3d weights`: wav2vec2, hubert, or the published windows ctc44."""
 
     def __post_init__(self) -> None:
         """Refuse numbers that cannot work."""
@@ -53,6 +55,8 @@ class TrackConfig:
             raise ConfigError(
                 f"track makes 1 to 240 frames a second of 32 to 4096 px, got {self.fps} and {self.size_px}: leave --fps and --size-px out"
             )
+        if self.speech == "ctc44" and self.fps != 25:
+            raise ConfigError(f"--speech ctc44 is made for 25 frames a second, got {self.fps}: leave --fps out, or take another --speech")
         if not (self.held_out_s >= 0 and self.max_gap_s >= 0 and self.min_length_s > 0):
             raise ConfigError(
                 f"track needs lengths in seconds that are not negative, got held out {self.held_out_s}, gap {self.max_gap_s}, "
@@ -102,6 +106,7 @@ def track(
             f"{video} is {scan.num_frames / config.fps:.2f} s long, at least {config.min_length_s:g} s are needed: record a longer video"
         )
     waveform = read_audio(video, SAMPLE_RATE_HZ)
+    encoder = load_speech(config.speech)
     model = load_face_model(face_model)
     faces = _find_faces(scan, model, config, progress)
     num_frames = len(faces.landmarks)
@@ -120,7 +125,7 @@ def track(
         frames=frames,
         fps=config.fps,
         waveform=waveform,
-        audio=speech_features(waveform, num_frames, config.fps),
+        audio=encoder(waveform, num_frames, config.fps),
         track=face_track,
         masks=FaceMasks(person=mattes, source=matting.source),
         source=str(video),
@@ -326,9 +331,3 @@ def _silent_share(waveform: Waveform) -> float:
     step = waveform.sample_rate_hz // 50
     pieces = waveform.samples[: len(waveform.samples) // step * step].reshape(-1, step)
     return float((pieces.square().mean(-1) < 1e-5).float().mean()) if len(pieces) else 1.0
-
-
-def sha256_of(path: Path) -> str:
-    """Return the SHA-256 of a file in hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
