@@ -108,7 +108,7 @@ def test_a_part_of_log_mel_is_the_part_of_the_whole() -> None:
 
 def test_a_source_leads_to_its_encoder() -> None:
     assert isinstance(speech.load_speech_of("logmel64"), speech.LogMelSpeech)
-    for source in ("deepspeech", "logmel32", ""):
+    for source in ("deepspeech:0123", "logmel32", "logmel", "hubert", ""):
         with pytest.raises(ConfigError, match="train it again"):
             speech.load_speech_of(source)
 

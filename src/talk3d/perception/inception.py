@@ -30,6 +30,11 @@ class _Block(nn.Module):
         return self.bn(self.conv(x)).relu()
 
 
+def _strip(channels: int, depth: int, height: int, width: int) -> _Block:
+    """A block that keeps the size, with a kernel of one row or one column."""
+    return _Block(channels, depth, (height, width), padding=(height // 2, width // 2))
+
+
 def _mean(x: Tensor) -> Tensor:
     return F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)  # TensorFlow leaves the padding out
 
@@ -72,16 +77,15 @@ class _Middle(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        flat, tall = {"kernel": (1, 7), "padding": (0, 3)}, {"kernel": (7, 1), "padding": (3, 0)}
         self.branch1x1 = _Block(768, 192)
         self.branch7x7_1 = _Block(768, width)
-        self.branch7x7_2 = _Block(width, width, **flat)
-        self.branch7x7_3 = _Block(width, 192, **tall)
+        self.branch7x7_2 = _strip(width, width, 1, 7)
+        self.branch7x7_3 = _strip(width, 192, 7, 1)
         self.branch7x7dbl_1 = _Block(768, width)
-        self.branch7x7dbl_2 = _Block(width, width, **tall)
-        self.branch7x7dbl_3 = _Block(width, width, **flat)
-        self.branch7x7dbl_4 = _Block(width, width, **tall)
-        self.branch7x7dbl_5 = _Block(width, 192, **flat)
+        self.branch7x7dbl_2 = _strip(width, width, 7, 1)
+        self.branch7x7dbl_3 = _strip(width, width, 1, 7)
+        self.branch7x7dbl_4 = _strip(width, width, 7, 1)
+        self.branch7x7dbl_5 = _strip(width, 192, 1, 7)
         self.branch_pool = _Block(768, 192)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d h w"]:
@@ -99,8 +103,8 @@ class _ShrinkMiddle(nn.Module):
         self.branch3x3_1 = _Block(768, 192)
         self.branch3x3_2 = _Block(192, 320, 3, 2)
         self.branch7x7x3_1 = _Block(768, 192)
-        self.branch7x7x3_2 = _Block(192, 192, (1, 7), padding=(0, 3))
-        self.branch7x7x3_3 = _Block(192, 192, (7, 1), padding=(3, 0))
+        self.branch7x7x3_2 = _strip(192, 192, 1, 7)
+        self.branch7x7x3_3 = _strip(192, 192, 7, 1)
         self.branch7x7x3_4 = _Block(192, 192, 3, 2)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d i j"]:
@@ -113,16 +117,15 @@ class _Coarse(nn.Module):
 
     def __init__(self, channels: int, maximum: bool) -> None:
         super().__init__()
-        flat, tall = {"kernel": (1, 3), "padding": (0, 1)}, {"kernel": (3, 1), "padding": (1, 0)}
         self.maximum = maximum
         self.branch1x1 = _Block(channels, 320)
         self.branch3x3_1 = _Block(channels, 384)
-        self.branch3x3_2a = _Block(384, 384, **flat)
-        self.branch3x3_2b = _Block(384, 384, **tall)
+        self.branch3x3_2a = _strip(384, 384, 1, 3)
+        self.branch3x3_2b = _strip(384, 384, 3, 1)
         self.branch3x3dbl_1 = _Block(channels, 448)
         self.branch3x3dbl_2 = _Block(448, 384, 3, padding=1)
-        self.branch3x3dbl_3a = _Block(384, 384, **flat)
-        self.branch3x3dbl_3b = _Block(384, 384, **tall)
+        self.branch3x3dbl_3a = _strip(384, 384, 1, 3)
+        self.branch3x3dbl_3b = _strip(384, 384, 3, 1)
         self.branch_pool = _Block(channels, 192)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d h w"]:

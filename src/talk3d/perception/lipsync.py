@@ -116,7 +116,7 @@ class SyncNet(nn.Module):
         """Embed the sound that goes with every run of five frames."""
         steps = cepstra(waveform)
         windows = steps.unfold(1, CEPSTRA, 4).permute(1, 0, 2)[:, None]  # n 1 c 20
-        return self.sound(windows.to(self.netfcaud[0].weight.device))
+        return self.sound(windows.to(_device(self)))
 
 
 def _flat(channels: int, depth: int, kernel: int | tuple[int, int], padding: int = 0) -> list[nn.Module]:
@@ -184,7 +184,11 @@ class SyncExpert(nn.Module):
         steps = expert_mel(waveform)
         starts = [start for start in (int(3.2 * i) for i in range(steps.shape[1])) if start + MEL_STEPS <= steps.shape[1]]
         windows = torch.stack([steps[:, start : start + MEL_STEPS] for start in starts])[:, None]  # n 1 c 16
-        return self.sound(windows.to(self.face_encoder[0].conv_block[0].weight.device))
+        return self.sound(windows.to(_device(self)))
+
+
+def _device(network: nn.Module) -> torch.device:
+    return next(network.parameters()).device
 
 
 def _resized(faces: Float[Tensor, "t 3 h w"], side: int) -> Float[Tensor, "t 3 s s"]:

@@ -66,12 +66,15 @@ def backbone(kind: Backbone) -> nn.Sequential:
 class LPIPS(nn.Module):
     """The learnt distance of unit-length features, averaged over each layer and added up."""
 
+    shift: Tensor
+    scale: Tensor
+
     def __init__(self, kind: Backbone) -> None:
         super().__init__()
         self.source, self.taps = f"LPIPS 0.1 {kind}", TAPS[kind]
         self.features = backbone(kind)
         widths = [layer.out_channels for layer in self.features if isinstance(layer, nn.Conv2d)]
-        order = [sum(isinstance(layer, nn.Conv2d) for layer in self.features[: tap + 1]) - 1 for tap in self.taps]
+        order = [sum(isinstance(layer, nn.Conv2d) for layer in list(self.features)[: tap + 1]) - 1 for tap in self.taps]
         self.heads = nn.ParameterList(torch.zeros(1, widths[number], 1, 1) for number in order)
         self.register_buffer("shift", torch.tensor(SHIFT).view(3, 1, 1), persistent=False)
         self.register_buffer("scale", torch.tensor(SCALE).view(3, 1, 1), persistent=False)

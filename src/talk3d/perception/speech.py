@@ -7,13 +7,13 @@ and HuBERT through the optional package transformers, which is imported only whe
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal, Protocol, get_args, runtime_checkable
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from talk3d.errors import ConfigError, WeightsError
@@ -179,10 +179,11 @@ def load_speech_of(source: str, device: str = "cpu") -> SpeechEncoder:
         ConfigError: this version has none, or the package transformers is not installed.
         WeightsError: its weights are not there, or are others.
     """
-    kind = "logmel" if source == LogMelSpeech.source else source.partition(":")[0]
-    if kind not in get_args(SpeechKind):
+    name, _, digest = source.partition(":")
+    kinds = [kind for kind in get_args(SpeechKind) if kind == ("logmel" if source == LogMelSpeech.source else digest and name)]
+    if not kinds:
         raise ConfigError(f"the avatar listens to {source!r} features, which this version cannot make: train it again")
-    encoder = load_speech(kind, device=device)
+    encoder = load_speech(kinds[0], device=device)
     if encoder.source != source:
         raise ConfigError(
             f"the avatar listens to {source!r} features, the weights here make {encoder.source!r}: put its own in place, or train it again"
@@ -271,7 +272,7 @@ class TransformerSpeech:
         return F.layer_norm(hidden[start : start + self.cell], hidden.shape[-1:]).cpu()
 
 
-def _transformer(folder: Path) -> tuple[nn.Module, str]:
+def _transformer(folder: Path) -> tuple[Any, str]:
     """A network for speech from local files, frozen, and the sha256 of its weights. The file is read by our own readers."""
     try:
         import transformers  # pyright: ignore[reportMissingImports]

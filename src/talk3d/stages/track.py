@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from talk3d.io.media import VideoScan, read_audio, read_video, scan_video
 from talk3d.ops.geometry import CAMERA_FOCAL, HEAD_PIVOT, view_angles
 from talk3d.perception.headpose import HeadMotion, load_template, solve_head_pose
 from talk3d.perception.landmarks import FaceModel, FaceTracker, load_face_model, normalize_blink
-from talk3d.perception.parsing import SelfieMatting, steady_mattes
+from talk3d.perception.parsing import BiSeNetParser, FaceParser, SelfieMatting, steady_mattes
 from talk3d.perception.speech import SAMPLE_RATE_HZ, SpeechKind, load_speech
 from talk3d.types import Camera, Clip, FaceMasks, FaceTrack, Progress, Waveform, silent
 
@@ -46,6 +46,8 @@ class TrackConfig:
     """Longest time without a face that is bridged; a longer one ends the stretch that is used."""
     min_length_s: float = 1.0
     """Shortest stretch with a face that makes a clip."""
+    parsing: Literal["none", "bisenet"] = "none"
+    """Whether the parts of the face (skin, hair, lips, eyes, clothes …) are told apart too; bisenet comes from `talk3d weights` and is slow."""
     speech: SpeechKind = "logmel"
     """What the avatar will listen to: log-mel, or networks of `talk3d weights`: wav2vec2, hubert, or the published windows ctc44."""
 
@@ -107,6 +109,7 @@ def track(
         )
     waveform = read_audio(video, SAMPLE_RATE_HZ)
     encoder = load_speech(config.speech)
+    parser = BiSeNetParser() if config.parsing == "bisenet" else None
     model = load_face_model(face_model)
     faces = _find_faces(scan, model, config, progress)
     num_frames = len(faces.landmarks)
@@ -127,7 +130,7 @@ def track(
         waveform=waveform,
         audio=encoder(waveform, num_frames, config.fps),
         track=face_track,
-        masks=FaceMasks(person=mattes, source=matting.source),
+        masks=FaceMasks(person=mattes, source=matting.source, parts=_parse(frames, parser, progress)),
         source=str(video),
         source_sha256=sha256_of(Path(video)),
         num_training_frames=num_frames - held_out,
@@ -220,6 +223,17 @@ def _write_crops(
             mattes_file.write(matte.tobytes())
         shape = (len(crop), crop_px, crop_px)
         return _mapped(frames_file, (*shape, 3)), _mapped(mattes_file, shape)
+
+
+def _parse(frames: np.ndarray, parser: FaceParser | None, progress: Progress) -> np.ndarray | None:
+    """The parts of the face in all crops, in a nameless file like the crops."""
+    if parser is None:
+        return None
+    with tempfile.TemporaryFile() as file:
+        for index, frame in enumerate(frames):
+            file.write(parser(np.asarray(frame)).tobytes())
+            progress("parts", index + 1, len(frames), {})
+        return _mapped(file, frames.shape[:3])
 
 
 def _mapped(file: Any, shape: tuple[int, ...]) -> np.ndarray:
