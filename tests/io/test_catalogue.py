@@ -1,6 +1,7 @@
 """Fetching, checking and trusting files of weights, against a server on this machine; the internet is never asked."""
 
 import hashlib
+import io
 import json
 import re
 import threading
@@ -109,7 +110,7 @@ def test_fetch_puts_whole_files_in_place(tmp_path: Path, address: str, known: di
         find("net", tmp_path)
     paths = fetch("net", tmp_path, lambda stage, step, total, values: steps.append((stage, step)))
     assert [path.read_bytes() for path in paths] == [CONTENT] and is_there(known["net"], tmp_path)
-    assert find("net", tmp_path) == paths[0] and steps[-1] == ("net.pth", 0)
+    assert find("net", tmp_path) == paths[0] and steps[-1] == ("net.pth, MB", 0)
     assert not list(tmp_path.rglob("*.partial"))
     pins = tmp_path / "sha256.json"
     assert pins.exists() == (known_sha256 is None)
@@ -162,6 +163,17 @@ def test_a_wrong_hash_or_no_connection_says_so(tmp_path: Path, address: str, kno
     known["net"] = entry(f"{address}/net.pth")
     with pytest.raises(WeightsError, match=r"sha256\.json is damaged"):
         fetch("net", tmp_path)
+
+
+def test_an_encrypted_address_never_leads_to_a_plain_one(tmp_path: Path, known: dict[str, Published], monkeypatch: pytest.MonkeyPatch) -> None:
+    class Answer(io.BytesIO):
+        url, headers = "http://elsewhere/net.pth", {}
+
+    monkeypatch.setattr(catalogue.urllib.request, "urlopen", lambda request, timeout: Answer(CONTENT))
+    known["net"] = entry("https://nowhere/net.pth")
+    with pytest.raises(WeightsError, match="not encrypted"):
+        fetch("net", tmp_path)
+    assert not (tmp_path / "net" / "net.pth").exists()
 
 
 def test_weights_load_strictly(tmp_path: Path, known: dict[str, Published]) -> None:

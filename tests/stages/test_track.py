@@ -191,6 +191,7 @@ def test_settings_that_cannot_work_are_refused(wrong: dict[str, Any]) -> None:
 
 
 def test_the_published_windows_need_their_frame_rate():
-    with pytest.raises(ConfigError, match="25 frames a second"):
-        tracking.TrackConfig(speech="ctc44", fps=30.0)
+    for speech in ("ctc44", "deepspeech"):
+        with pytest.raises(ConfigError, match="25 frames a second"):
+            tracking.TrackConfig(speech=speech, fps=30.0)
     assert tracking.TrackConfig(speech="hubert", fps=30.0).speech == "hubert"

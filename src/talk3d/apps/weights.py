@@ -30,6 +30,7 @@ LOADERS: dict[str, Callable[[], object]] = {
     "face-landmarker": load_face_model,
     "wav2vec2": lambda: load_speech("wav2vec2"),
     "hubert": lambda: load_speech("hubert"),
+    "deepspeech": lambda: load_speech("deepspeech"),
 }
 """Loads a network strictly, which is what `verify` does with the ones that are there."""
 Names = Annotated[list[str], Positional, arg(metavar="NAME …")]

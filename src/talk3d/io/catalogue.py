@@ -170,6 +170,16 @@ _ENTRIES = (
         unlocks="--speech hubert",
     ),
     _one(
+        "deepspeech",
+        "deepspeech-0_1_0-b90017e8.pb.zip",
+        "https://github.com/osmr/deepspeech_features/releases/download/v0.0.1/deepspeech-0_1_0-b90017e8.pb.zip",
+        455_000_000,
+        None,
+        licence="MPL-2.0",
+        commercial=True,
+        unlocks="--speech deepspeech: 29 channels, as older talking heads have",
+    ),
+    _one(
         "inception",
         "pt_inception-2015-12-05-6726825d.pth",
         "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth",
@@ -344,7 +354,10 @@ def _download(file: PublishedFile, folder: Path | None, progress: Progress) -> N
 def _stream(file: PublishedFile, partial: Path, progress: Progress) -> str:
     """Write what the address sends, within limits, and return its sha256."""
     digest, done, limit = hashlib.sha256(), 0, 2 * file.size_bytes + CHUNK_BYTES
-    with urllib.request.urlopen(file.url, timeout=TIMEOUT_S) as answer, partial.open("wb") as target:
+    request = urllib.request.Request(file.url, headers={"User-Agent": "talk3d"})  # some hosts refuse the usual one
+    with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer, partial.open("wb") as target:
+        if file.url.startswith("https:") and not answer.url.startswith("https:"):
+            raise ValueError(f"it leads to {answer.url}, which is not encrypted")
         announced = int(answer.headers.get("Content-Length") or 0)
         while chunk := answer.read(CHUNK_BYTES):
             if not done and chunk.lstrip()[:1] == b"<":
@@ -354,7 +367,7 @@ def _stream(file: PublishedFile, partial: Path, progress: Progress) -> str:
                 raise ValueError(f"it sends more than {limit / 1e6:.0f} MB")
             target.write(chunk)
             digest.update(chunk)
-            progress(Path(file.path).name, round(done / 1e6), round(max(announced, file.size_bytes) / 1e6), {})
+            progress(f"{Path(file.path).name}, MB", round(done / 1e6), round(max(announced, file.size_bytes) / 1e6), {})
     if not done or done < announced:
         raise ValueError(f"it ended after {done} of {announced} bytes")
     return digest.hexdigest()

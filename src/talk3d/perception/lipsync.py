@@ -219,8 +219,8 @@ def load_sync_expert(path: Path | None = None, device: str = "cpu") -> SyncExper
     return network.eval().requires_grad_(False).to(device)
 
 
-def cepstra(waveform: Waveform) -> Float[Tensor, "13 m"]:
-    """Mel-frequency cepstra at every 10 ms over 25 ms, of sound on the scale of 16-bit integers, as SyncNet learnt them.
+def cepstra(waveform: Waveform, count: int = 13) -> Float[Tensor, "c m"]:
+    """Mel-frequency cepstra at every 10 ms over 25 ms, of sound on the scale of 16-bit integers, as SyncNet (13) and DeepSpeech (26) learnt them.
 
     26 triangles between 0 and 8 kHz on the mel scale of HTK, their corners on whole bins of 512; an orthonormal cosine transform,
     liftered by 22; the first one is replaced by the logarithm of the energy.
@@ -237,7 +237,7 @@ def cepstra(waveform: Waveform) -> Float[Tensor, "13 m"]:
     tiny = torch.finfo(torch.float64).eps
     energy = power.sum(-1)
     bands = (power @ _htk_triangles().mT).clamp_min(tiny).log()
-    k, n = torch.arange(13, dtype=torch.float64)[:, None], torch.arange(26, dtype=torch.float64)
+    k, n = torch.arange(count, dtype=torch.float64)[:, None], torch.arange(26, dtype=torch.float64)
     cosines = torch.cos(math.pi * k * (2 * n + 1) / 52) * math.sqrt(2 / 26)
     cosines[0] /= math.sqrt(2)
     lifter = 1 + 11 * torch.sin(math.pi * k[:, 0] / 22)
@@ -274,5 +274,5 @@ def expert_mel(waveform: Waveform) -> Float[Tensor, "80 m"]:
 def _checked(waveform: Waveform, shortest: int) -> Float[Tensor, " n"]:
     if waveform.sample_rate_hz != SAMPLE_RATE_HZ or len(waveform.samples) <= shortest:
         given = f"{len(waveform.samples)} samples at {waveform.sample_rate_hz} Hz"
-        raise ConfigError(f"lip synchrony needs sound at {SAMPLE_RATE_HZ} Hz of more than {shortest} samples, got {given}: use read_audio(path)")
+        raise ConfigError(f"this network needs sound at {SAMPLE_RATE_HZ} Hz of more than {shortest} samples, got {given}: use read_audio(path)")
     return waveform.samples.float()

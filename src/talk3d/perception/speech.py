@@ -21,8 +21,11 @@ from talk3d.io.catalogue import find, sha256_of
 from talk3d.io.published import read_checkpoint
 from talk3d.types import AudioFeatures, Waveform
 
-SpeechKind = Literal["logmel", "wav2vec2", "hubert", "ctc44"]
-"""Names of the encoders: log-mel, hidden states of wav2vec 2.0 or HuBERT, and the symbols of wav2vec 2.0 in the published windows."""
+SpeechKind = Literal["logmel", "wav2vec2", "hubert", "ctc44", "deepspeech"]
+"""Names of the encoders: log-mel, hidden states of wav2vec 2.0 or HuBERT, and the symbols of wav2vec 2.0 or DeepSpeech in
+the published windows."""
+PUBLISHED_FPS = 25
+"""Frames a second for which the published windows are made."""
 SAMPLE_RATE_HZ = 16000
 HOP = 320
 """Samples between steps, 20 ms."""
@@ -31,6 +34,8 @@ WINDOW = 640
 NUM_BANDS = 64
 NUM_STEPS = 16
 """Steps in the window of one video frame, 320 ms."""
+NUM_SYMBOLS = 44
+"""Of the Esperanto network whose logits the published system listens to."""
 RANGE_DB = 55.0
 """What is quieter than the loudest band of the speech around by more than this is silence, -1."""
 QUIETEST_DB = -65.0
@@ -158,8 +163,8 @@ def load_speech(kind: SpeechKind = "logmel", folder: Path | None = None, device:
     """Return a speech encoder.
 
     Args:
-        kind: `logmel` is builtin; the others need the package transformers and weights.
-        folder: of those weights (config.json and pytorch_model.bin or model.safetensors), in place of that in the cache folder.
+        kind: `logmel` is builtin; the others need weights, and all but `deepspeech` the package transformers.
+        folder: of those weights (config.json and pytorch_model.bin or model.safetensors; for deepspeech its file), in place of the cache folder.
         device: where to compute.
 
     Raises:
@@ -168,7 +173,11 @@ def load_speech(kind: SpeechKind = "logmel", folder: Path | None = None, device:
     """
     if kind == "logmel":
         return LogMelSpeech()
-    place = folder or find("hubert" if kind == "hubert" else "wav2vec2")
+    place = folder or find("wav2vec2" if kind == "ctc44" else kind)
+    if kind == "deepspeech":
+        from talk3d.perception.deepspeech import DeepSpeechEncoder  # it builds on this module
+
+        return DeepSpeechEncoder(place, device)
     return TransformerSpeech(kind, place, device)
 
 
@@ -209,6 +218,8 @@ class TransformerSpeech:
         """
         self.logits, self.device = kind == "ctc44", device
         self.network, digest = _transformer(folder)
+        if self.logits and self.network.config.vocab_size != NUM_SYMBOLS:
+            raise WeightsError(f"{folder} knows {self.network.config.vocab_size} symbols, ctc44 needs {NUM_SYMBOLS}: talk3d weights fetch wav2vec2")
         self.network.to(device)
         self.source = f"{kind}:{digest[:12]}"
         self.cell, self.margin = (50, 10) if self.logits else (1000, 100)
@@ -219,7 +230,7 @@ class TransformerSpeech:
 
     def __call__(self, waveform: Waveform, num_frames: int, fps: float, start: int = 0, stop: int | None = None) -> AudioFeatures:
         """See `SpeechEncoder`."""
-        if waveform.sample_rate_hz != SAMPLE_RATE_HZ or (self.logits and fps != 25):
+        if waveform.sample_rate_hz != SAMPLE_RATE_HZ or (self.logits and fps != PUBLISHED_FPS):
             given = f"{waveform.sample_rate_hz} Hz and {fps:g} frames a second"
             raise ConfigError(f"{self.source} features need {SAMPLE_RATE_HZ} Hz, and ctc44 25 frames a second, got {given}: use another --speech")
         stop = num_frames if stop is None else stop

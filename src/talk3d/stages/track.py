@@ -23,7 +23,7 @@ from talk3d.ops.geometry import CAMERA_FOCAL, HEAD_PIVOT, view_angles
 from talk3d.perception.headpose import HeadMotion, load_template, solve_head_pose
 from talk3d.perception.landmarks import FaceModel, FaceTracker, load_face_model, normalize_blink
 from talk3d.perception.parsing import BiSeNetParser, FaceParser, SelfieMatting, steady_mattes
-from talk3d.perception.speech import SAMPLE_RATE_HZ, SpeechKind, load_speech
+from talk3d.perception.speech import PUBLISHED_FPS, SAMPLE_RATE_HZ, SpeechKind, load_speech
 from talk3d.types import Camera, Clip, FaceMasks, FaceTrack, Progress, Waveform, silent
 
 logger = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ class TrackConfig:
     parsing: Literal["none", "bisenet"] = "none"
     """Whether the parts of the face (skin, hair, lips, eyes, clothes …) are told apart too; bisenet comes from `talk3d weights` and is slow."""
     speech: SpeechKind = "logmel"
-    """What the avatar will listen to: log-mel, or networks of `talk3d weights`: wav2vec2, hubert, or the published windows ctc44."""
+    """What the avatar will listen to: log-mel, or networks of `talk3d weights`: wav2vec2, hubert, or published windows, ctc44 and deepspeech."""
 
     def __post_init__(self) -> None:
         """Refuse numbers that cannot work."""
@@ -57,8 +57,8 @@ class TrackConfig:
             raise ConfigError(
                 f"track makes 1 to 240 frames a second of 32 to 4096 px, got {self.fps} and {self.size_px}: leave --fps and --size-px out"
             )
-        if self.speech == "ctc44" and self.fps != 25:
-            raise ConfigError(f"--speech ctc44 is made for 25 frames a second, got {self.fps}: leave --fps out, or take another --speech")
+        if self.speech in ("ctc44", "deepspeech") and self.fps != PUBLISHED_FPS:
+            raise ConfigError(f"--speech {self.speech} is made for 25 frames a second, got {self.fps}: leave --fps out, or take another --speech")
         if not (self.held_out_s >= 0 and self.max_gap_s >= 0 and self.min_length_s > 0):
             raise ConfigError(
                 f"track needs lengths in seconds that are not negative, got held out {self.held_out_s}, gap {self.max_gap_s}, "
