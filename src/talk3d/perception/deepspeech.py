@@ -64,7 +64,7 @@ class DeepSpeech(nn.Module):
 
 
 def _dense(weight: Tensor, bias: Tensor) -> nn.Linear:
-    layer = nn.Linear(*weight.shape)
+    layer = nn.Linear(weight.shape[0], weight.shape[1])
     layer.load_state_dict({"weight": weight.mT, "bias": bias})
     return layer
 
