@@ -3,14 +3,13 @@
 Streams through the video three times (time stamps, faces, crops), so memory does not grow with its length. Prints nothing.
 """
 
-import hashlib
 import logging
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,12 +17,13 @@ from PIL import Image
 from torch import Tensor
 
 from talk3d.errors import ConfigError, MediaError, TrackingError
+from talk3d.io.catalogue import sha256_of
 from talk3d.io.media import VideoScan, read_audio, read_video, scan_video
 from talk3d.ops.geometry import CAMERA_FOCAL, HEAD_PIVOT, view_angles
 from talk3d.perception.headpose import HeadMotion, load_template, solve_head_pose
 from talk3d.perception.landmarks import FaceModel, FaceTracker, load_face_model, normalize_blink
-from talk3d.perception.parsing import SelfieMatting, steady_mattes
-from talk3d.perception.speech import SAMPLE_RATE_HZ, speech_features
+from talk3d.perception.parsing import BiSeNetParser, FaceParser, SelfieMatting, steady_mattes
+from talk3d.perception.speech import PUBLISHED_FPS, SAMPLE_RATE_HZ, SpeechKind, load_speech
 from talk3d.types import Camera, Clip, FaceMasks, FaceTrack, Progress, Waveform, silent
 
 logger = logging.getLogger(__name__)
@@ -46,6 +46,10 @@ class TrackConfig:
     """Longest time without a face that is bridged; a longer one ends the stretch that is used."""
     min_length_s: float = 1.0
     """Shortest stretch with a face that makes a clip."""
+    parsing: Literal["none", "bisenet"] = "none"
+    """Whether the parts of the face (skin, hair, lips, eyes, clothes …) are told apart too; bisenet comes from `talk3d weights` and is slow."""
+    speech: SpeechKind = "logmel"
+    """What the avatar will listen to: log-mel, or networks of `talk3d weights`: wav2vec2, hubert, or published windows, ctc44 and deepspeech."""
 
     def __post_init__(self) -> None:
         """Refuse numbers that cannot work."""
@@ -53,6 +57,8 @@ class TrackConfig:
             raise ConfigError(
                 f"track makes 1 to 240 frames a second of 32 to 4096 px, got {self.fps} and {self.size_px}: leave --fps and --size-px out"
             )
+        if self.speech in ("ctc44", "deepspeech") and self.fps != PUBLISHED_FPS:
+            raise ConfigError(f"--speech {self.speech} is made for 25 frames a second, got {self.fps}: leave --fps out, or take another --speech")
         if not (self.held_out_s >= 0 and self.max_gap_s >= 0 and self.min_length_s > 0):
             raise ConfigError(
                 f"track needs lengths in seconds that are not negative, got held out {self.held_out_s}, gap {self.max_gap_s}, "
@@ -102,6 +108,8 @@ def track(
             f"{video} is {scan.num_frames / config.fps:.2f} s long, at least {config.min_length_s:g} s are needed: record a longer video"
         )
     waveform = read_audio(video, SAMPLE_RATE_HZ)
+    encoder = load_speech(config.speech)
+    parser = BiSeNetParser() if config.parsing == "bisenet" else None
     model = load_face_model(face_model)
     faces = _find_faces(scan, model, config, progress)
     num_frames = len(faces.landmarks)
@@ -120,9 +128,9 @@ def track(
         frames=frames,
         fps=config.fps,
         waveform=waveform,
-        audio=speech_features(waveform, num_frames, config.fps),
+        audio=encoder(waveform, num_frames, config.fps),
         track=face_track,
-        masks=FaceMasks(person=mattes, source=matting.source),
+        masks=FaceMasks(person=mattes, source=matting.source, parts=_parse(frames, parser, progress)),
         source=str(video),
         source_sha256=sha256_of(Path(video)),
         num_training_frames=num_frames - held_out,
@@ -215,6 +223,17 @@ def _write_crops(
             mattes_file.write(matte.tobytes())
         shape = (len(crop), crop_px, crop_px)
         return _mapped(frames_file, (*shape, 3)), _mapped(mattes_file, shape)
+
+
+def _parse(frames: np.ndarray, parser: FaceParser | None, progress: Progress) -> np.ndarray | None:
+    """The parts of the face in all crops, in a nameless file like the crops."""
+    if parser is None:
+        return None
+    with tempfile.TemporaryFile() as file:
+        for index, frame in enumerate(frames):
+            file.write(parser(np.asarray(frame)).tobytes())
+            progress("parts", index + 1, len(frames), {})
+        return _mapped(file, frames.shape[:3])
 
 
 def _mapped(file: Any, shape: tuple[int, ...]) -> np.ndarray:
@@ -326,9 +345,3 @@ def _silent_share(waveform: Waveform) -> float:
     step = waveform.sample_rate_hz // 50
     pieces = waveform.samples[: len(waveform.samples) // step * step].reshape(-1, step)
     return float((pieces.square().mean(-1) < 1e-5).float().mean()) if len(pieces) else 1.0
-
-
-def sha256_of(path: Path) -> str:
-    """Return the SHA-256 of a file in hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
