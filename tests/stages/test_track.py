@@ -235,3 +235,10 @@ def test_what_cannot_be_tracked_is_refused_in_one_line(film: Callable[..., Path]
 def test_settings_that_cannot_work_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="track "):
         tracking.TrackConfig(**wrong)
+
+
+def test_the_published_windows_need_their_frame_rate():
+    for speech in ("ctc44", "deepspeech"):
+        with pytest.raises(ConfigError, match="25 frames a second"):
+            tracking.TrackConfig(speech=speech, fps=30.0)
+    assert tracking.TrackConfig(speech="hubert", fps=30.0).speech == "hubert"

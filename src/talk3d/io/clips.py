@@ -43,6 +43,8 @@ def save_clip(clip: Clip, path: Path) -> None:
         partial.mkdir(parents=True)
         _write_array(partial / "frames.npy", clip.frames)
         _write_array(partial / "masks.npy", clip.masks.person)
+        if clip.masks.parts is not None:
+            _write_array(partial / "parts.npy", clip.masks.parts)
         save_file(_tensors(clip), partial / "track.safetensors")
         (partial / "clip.json").write_text(json.dumps(_facts(clip), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         _swap(partial, path)
@@ -68,7 +70,9 @@ def load_clip(path: str | Path) -> Clip:
             raise MediaError(f"the clip {path} was made by a newer talk3d: update talk3d, or track the video again")
         frames = np.load(path / "frames.npy", mmap_mode="r", allow_pickle=False)
         mattes = np.load(path / "masks.npy", mmap_mode="r", allow_pickle=False)
-        return _assemble(facts, load_file(path / "track.safetensors"), frames, mattes)
+        parts = np.load(path / "parts.npy", mmap_mode="r", allow_pickle=False) if (path / "parts.npy").is_file() else None
+        masks = FaceMasks(person=mattes, source=facts["masks_source"], parts=parts)
+        return _assemble(facts, load_file(path / "track.safetensors"), frames, masks)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise MediaError(f"the clip {path} is damaged ({error}): track the video again") from error
 
@@ -122,7 +126,7 @@ def _facts(clip: Clip) -> dict[str, Any]:
     }
 
 
-def _assemble(facts: dict[str, Any], tensors: dict[str, torch.Tensor], frames: np.ndarray, mattes: np.ndarray) -> Clip:
+def _assemble(facts: dict[str, Any], tensors: dict[str, torch.Tensor], frames: np.ndarray, masks: FaceMasks) -> Clip:
     """The clip from its parts."""
     track = FaceTrack(
         cameras=Camera(cam2world=tensors["cam2world"], intrinsics=tensors["intrinsics"]),
@@ -135,7 +139,7 @@ def _assemble(facts: dict[str, Any], tensors: dict[str, torch.Tensor], frames: n
         waveform=Waveform(samples=tensors["waveform"], sample_rate_hz=facts["sample_rate_hz"]),
         audio=AudioFeatures(values=tensors["audio"], fps=facts["audio_fps"], source=facts["audio_source"]),
         track=track,
-        masks=FaceMasks(person=mattes, source=facts["masks_source"]),
+        masks=masks,
         source=facts["source"],
         source_sha256=facts["source_sha256"],
         num_training_frames=facts["num_training_frames"],

@@ -3,14 +3,13 @@
 Streams through the video three times (time stamps, faces, crops), so memory does not grow with its length. Prints nothing.
 """
 
-import hashlib
 import logging
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,14 +18,15 @@ from PIL import Image
 from torch import Tensor
 
 from talk3d.errors import ConfigError, MediaError, TrackingError
+from talk3d.io.catalogue import sha256_of
 from talk3d.io.media import VideoScan, read_audio, read_video, scan_video
 from talk3d.io.timeline import shot_starts
 from talk3d.metrics.capture import CaptureReport, FaceMeasures, capture_report
 from talk3d.ops.geometry import CAMERA_FOCAL, HEAD_PIVOT, view_angles
 from talk3d.perception.headpose import HeadMotion, load_template, solve_head_pose
 from talk3d.perception.landmarks import FaceModel, FaceTracker, load_face_model, normalize_blink
-from talk3d.perception.parsing import SelfieMatting, steady_mattes
-from talk3d.perception.speech import SAMPLE_RATE_HZ, speech_features
+from talk3d.perception.parsing import BiSeNetParser, FaceParser, SelfieMatting, steady_mattes
+from talk3d.perception.speech import PUBLISHED_FPS, SAMPLE_RATE_HZ, SpeechKind, load_speech
 from talk3d.types import Camera, Clip, FaceMasks, FaceTrack, Progress, Waveform, silent
 
 logger = logging.getLogger(__name__)
@@ -53,6 +53,10 @@ class TrackConfig:
     """Shortest stretch with a face that makes a clip."""
     audio_offset_ms: float = 0.0
     """How late the sound of the video comes, as `talk3d check` measured it: it is moved forward by this much."""
+    parsing: Literal["none", "bisenet"] = "none"
+    """Whether the parts of the face (skin, hair, lips, eyes, clothes …) are told apart too; bisenet comes from `talk3d weights` and is slow."""
+    speech: SpeechKind = "logmel"
+    """What the avatar will listen to: log-mel, or networks of `talk3d weights`: wav2vec2, hubert, or published windows, ctc44 and deepspeech."""
 
     def __post_init__(self) -> None:
         """Refuse numbers that cannot work."""
@@ -60,6 +64,8 @@ class TrackConfig:
             raise ConfigError(
                 f"track makes 1 to 240 frames a second of 32 to 4096 px, got {self.fps} and {self.size_px}: leave --fps and --size-px out"
             )
+        if self.speech in ("ctc44", "deepspeech") and self.fps != PUBLISHED_FPS:
+            raise ConfigError(f"--speech {self.speech} is made for 25 frames a second, got {self.fps}: leave --fps out, or take another --speech")
         if not (self.held_out_s >= 0 and self.max_gap_s >= 0 and self.min_length_s > 0):
             raise ConfigError(
                 f"track needs lengths in seconds that are not negative, got held out {self.held_out_s}, gap {self.max_gap_s}, "
@@ -115,6 +121,8 @@ def track(
             f"{video} is {scan.num_frames / config.fps:.2f} s long, at least {config.min_length_s:g} s are needed: record a longer video"
         )
     waveform = read_audio(video, SAMPLE_RATE_HZ)
+    encoder = load_speech(config.speech)
+    parser = BiSeNetParser() if config.parsing == "bisenet" else None
     model = load_face_model(face_model)
     faces = find_faces(scan, model, config, progress)
     num_frames = len(faces.landmarks)
@@ -134,9 +142,9 @@ def track(
         frames=frames,
         fps=config.fps,
         waveform=waveform,
-        audio=speech_features(waveform, num_frames, config.fps),
+        audio=encoder(waveform, num_frames, config.fps),
         track=_face_track(faces, motion, crop, size, config.size_px),
-        masks=FaceMasks(person=mattes, source=matting.source),
+        masks=FaceMasks(person=mattes, source=matting.source, parts=_parse(frames, parser, progress)),
         source=str(video),
         source_sha256=sha256_of(Path(video)),
         num_training_frames=num_frames - min(round(config.held_out_s * config.fps), num_frames // 5),
@@ -251,6 +259,17 @@ def _write_crops(
         return _mapped(frames_file, (*shape, 3)), _mapped(mattes_file, shape)
 
 
+def _parse(frames: np.ndarray, parser: FaceParser | None, progress: Progress) -> np.ndarray | None:
+    """The parts of the face in all crops, in a nameless file like the crops."""
+    if parser is None:
+        return None
+    with tempfile.TemporaryFile() as file:
+        for index, frame in enumerate(frames):
+            file.write(parser(np.asarray(frame)).tobytes())
+            progress("parts", index + 1, len(frames), {})
+        return _mapped(file, frames.shape[:3])
+
+
 def _mapped(file: Any, shape: tuple[int, ...]) -> np.ndarray:
     """The bytes of a file as an array that is read from disk when it is looked at."""
     file.flush()
@@ -321,9 +340,3 @@ def measures(faces: Faces, frames: np.ndarray, motion: HeadMotion, model: FaceMo
         crowd=max(faces.crowd, default=1),
         source=model.source,
     )
-
-
-def sha256_of(path: Path) -> str:
-    """Return the SHA-256 of a file in hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

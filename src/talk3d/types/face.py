@@ -38,3 +38,5 @@ class FaceMasks:
     """Soft matte of head, neck and shoulders: 0 background … 255 person."""
     source: str
     """What made it."""
+    parts: UInt8[np.ndarray, "t h w"] | None = None
+    """Which part of the face each pixel shows, see `talk3d.perception.parsing.REGIONS`; None where the clip was not parsed."""
