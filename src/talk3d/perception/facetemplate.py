@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from talk3d.errors import WeightsError
-from talk3d.ops.geometry import HEAD_PIVOT, project, view_angles
+from talk3d.ops.geometry import HEAD_PIVOT, cross_matrix, fit_similarity, project, rotation_from_vector, view_angles
 from talk3d.types import Camera
 
 TEMPLATE_PATH = Path(__file__).resolve().parents[1] / "assets" / "face_template.safetensors"
@@ -24,6 +24,9 @@ ModelKind = Literal["task", "registry"]
 """The Face Landmarker file, or the models of the package registry: their points err differently."""
 OUTER_EYE_CORNERS = (33, 263)
 """Of the subject's right and left eye; the networks see the face turned so that the line between them is level."""
+
+OWN_SHAPE = 0.001
+"""How far a person's points lie from what the principal ways of people can say, scene units."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,6 +173,34 @@ def fit_people(
     flat = torch.stack(shapes).flatten(1)
     _, singular, directions = torch.linalg.svd((flat - flat.mean(0)) / math.sqrt(len(flat)), full_matrices=False)
     return (directions[:num_ways] * singular[:num_ways, None]).mT.unflatten(0, (-1, 3)).float()
+
+
+def place_shape(
+    shape: Float[Tensor, "k 3"], mean: Float[Tensor, "k 3"], people: Float[Tensor, "k 3 q"], own: float = OWN_SHAPE, num_steps: int = 8
+) -> tuple[Float[Tensor, "k 3"], Float[Tensor, " q"]]:
+    """Lay a person's points, known up to a similarity, where such a person's points lie in head space; also how such people differ from the mean.
+
+    Args:
+        shape: the person's points.
+        mean: of all people.
+        people: how people differ, one standard deviation; how faces slant, sit and are large in head space is part of it.
+        own: what these ways leave unsaid, scene units.
+        num_steps: Gauss-Newton steps.
+    """
+    scale, turn, shift = fit_similarity(shape, mean)
+    placed = scale * shape @ turn.mT + shift
+    found = torch.zeros(7 + people.shape[-1]).to(shape)
+    prior = torch.diag(torch.cat([torch.zeros(7), torch.ones(people.shape[-1])]).to(shape))
+    for _ in range(num_steps):
+        middle = placed.mean(0)
+        spun = cross_matrix(placed - middle)  # turning by w moves a point by -cross @ w
+        moves = torch.cat([(placed - middle)[..., None], -spun, torch.eye(3).to(shape).expand(len(shape), 3, 3), -people], -1)  # k 3 7+q
+        flat = moves.flatten(0, 1) / own
+        # at the solution, moved points equal mean + people c
+        target = (mean - placed).flatten() / own
+        found = torch.linalg.solve(flat.mT @ flat + prior, flat.mT @ target)
+        placed = (placed - middle) @ rotation_from_vector(found[1:4]).mT * found[0].exp() + middle + found[4:7]
+    return placed, found[7:]
 
 
 def _level_error(landmarks: Tensor, cameras: Camera, points: Tensor) -> Tensor:

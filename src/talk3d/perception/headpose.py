@@ -15,8 +15,17 @@ from scipy.signal import savgol_filter
 from torch import Tensor
 
 from talk3d.errors import ShapeError
-from talk3d.ops.geometry import CAMERA_RADIUS, HEAD_PIVOT, cross_matrix, fit_similarity, rotation_from_vector, vector_from_rotation
-from talk3d.perception.facetemplate import FaceTemplate, eye_line_angle, huber_weight, pose_features, projection_jacobian, turn_picture
+from talk3d.ops.geometry import CAMERA_RADIUS, HEAD_PIVOT, cross_matrix, rotation_from_vector, vector_from_rotation
+from talk3d.perception.facetemplate import (
+    OWN_SHAPE,
+    FaceTemplate,
+    eye_line_angle,
+    huber_weight,
+    place_shape,
+    pose_features,
+    projection_jacobian,
+    turn_picture,
+)
 
 RIGID_POINTS = (
     *(8, 9, 168, 6, 197, 195, 5, 4, 1, 19, 94, 2),  # forehead to nose to its base, down the middle
@@ -35,8 +44,8 @@ POINT_NOISE = 0.0005
 """Least noise of each point beside the error modes, scene units; a grainy clip has more, which is measured."""
 NUM_VIEWS = 10.0
 """How many independent views a clip counts for when the person's shape is refined: neighbouring frames err alike."""
-OWN_SHAPE = 0.001
-"""How far a person's points lie from what the principal ways of people can say, scene units."""
+STILL_RAD = math.radians(0.1)
+"""A head of which the short and the long smoothing window differ by less is still."""
 SMOOTHING_S = 0.36
 """Length of the smoothing window: at 25 frames a second it keeps 93 % of a 2 Hz nod and halves noise."""
 
@@ -84,7 +93,7 @@ def solve_head_pose(
     seen: Bool[Tensor, " t"] | None = None,
     cuts: tuple[int, ...] = (),
     fps: float = 25.0,
-    refine: Callable[[HeadMotion], HeadMotion] = lambda motion: motion,
+    refine: Callable[[HeadMotion], HeadMotion] | None = None,
 ) -> HeadMotion:
     """Track the head through a clip: one focal length, one rigid shape, six degrees of freedom a frame, smooth between cuts.
 
@@ -112,21 +121,24 @@ def solve_head_pose(
     bundle.run()
     rotation, translation, residual = bundle.poses(level)
     roll = rotation_from_vector(torch.stack([0 * angle, 0 * angle, angle], -1))
+    rotation, translation = roll @ rotation, (roll @ translation[..., None])[..., 0]
+    frames, total, window = torch.nonzero(seen)[:, 0], len(landmarks), smoothing_window(fps)
+    calm = smooth_motion(*_fill_gaps(rotation, translation, frames, total), cuts, window)
     motion = HeadMotion(
-        rotation=roll @ rotation,
-        translation=(roll @ translation[..., None])[..., 0],
+        rotation=calm[0][frames],
+        translation=calm[1][frames],
         focal_px=bundle.focal,
         shape=bundle.shape,
         face=template.points.double() + template.people.double() @ bundle.way,
         residual_px=residual,
         smoothing={},
     )
-    motion = refine(motion)
-    frames = torch.nonzero(seen)[:, 0]
-    rotation, translation = _fill_gaps(motion.rotation, motion.translation, frames, len(landmarks))
-    window = smoothing_window(fps)
+    if refine is not None:
+        motion = refine(motion)
+        rotation, translation = motion.rotation, motion.translation
+    rotation, translation = _fill_gaps(rotation, translation, frames, total)
     smooth, translation = smooth_motion(rotation, translation, cuts, window)
-    filled = torch.full((len(landmarks),), float("nan"), dtype=torch.float64)
+    filled = torch.full((total,), float("nan"), dtype=torch.float64)
     filled[frames] = residual
     smoothing = describe_smoothing(rotation, smooth, fps, window)
     return replace(motion, rotation=smooth, translation=translation, residual_px=filled, smoothing=smoothing)
@@ -145,6 +157,8 @@ def smooth_motion(
 ) -> tuple[Float[Tensor, "t 3 3"], Float[Tensor, "t 3"]]:
     """Take the trembling out of a head's motion without delay: Savitzky-Golay of order 2 on rotation vectors, log-depth and direction.
 
+    Where a window more than twice as long says the same, as in a still head, its calmer answer is taken.
+
     Args:
         rotation: head to camera.
         translation: head in the camera, scene units.
@@ -158,13 +172,24 @@ def smooth_motion(
         turn = vector_from_rotation(middle.mT @ rotation[start:end])
         place = translation[start:end]
         values = torch.cat([turn, place[:, :2] / place[:, 2:], place[:, 2:].log()], -1)
-        width = min(window, (end - start - 1) // 2 * 2 + 1)
-        if width >= 5:
-            values = torch.from_numpy(savgol_filter(values.numpy(), width, 2, axis=0, mode="interp"))
+        brisk, calm = _savgol(values, window), _savgol(values, _calm_window(window))
+        restless = _savgol((brisk - calm)[:, :3].norm(dim=-1)[:, None], window, 0)
+        values = torch.lerp(calm, brisk, (restless / STILL_RAD - 1).clamp(0, 1))
         depth = values[:, 5:].exp()
         rotations.append(middle @ rotation_from_vector(values[:, :3]))
         translations.append(torch.cat([values[:, 3:5] * depth, depth], -1))
     return torch.cat(rotations), torch.cat(translations)
+
+
+def _savgol(values: Tensor, window: int, order: int = 2) -> Tensor:
+    """Savitzky-Golay along the first axis, narrower where there are too few frames."""
+    width = min(window, (len(values) - 1) // 2 * 2 + 1)
+    return torch.from_numpy(savgol_filter(values.numpy(), width, order, axis=0, mode="interp")) if width >= 5 else values
+
+
+def _calm_window(window: int) -> int:
+    """Frames, odd, of the longer window."""
+    return 2 * window + 3
 
 
 def smoothing_gain(frequency_hz: float, fps: float = 25.0, window: int = 9) -> float:
@@ -176,6 +201,15 @@ def smoothing_gain(frequency_hz: float, fps: float = 25.0, window: int = 9) -> f
     return float((kernel * np.cos(phase)).sum())
 
 
+def cutoff_hz(fps: float, window: int) -> float:
+    """Frequency at which the filter keeps half the power (-3 dB)."""
+    low, high = 0.0, 1.5 * fps / window  # the gain falls steadily up to there
+    while high - low > 1e-3:
+        middle = (low + high) / 2
+        low, high = (middle, high) if smoothing_gain(middle, fps, window) > math.sqrt(0.5) else (low, middle)
+    return round(low, 2)
+
+
 def describe_smoothing(raw: Float[Tensor, "t 3 3"], smooth: Float[Tensor, "t 3 3"], fps: float, window: int) -> dict[str, float]:
     """The filter in numbers: where it cuts off, whether it delays, and how much trembling it took out.
 
@@ -185,10 +219,6 @@ def describe_smoothing(raw: Float[Tensor, "t 3 3"], smooth: Float[Tensor, "t 3 3
         fps: frames a second.
         window: frames.
     """
-    low, high = 0.0, fps / 2
-    for _ in range(40):  # the gain falls steadily to below the -3 dB point
-        middle = (low + high) / 2
-        low, high = (middle, high) if smoothing_gain(middle, fps, window) > math.sqrt(0.5) and middle < 1.5 * fps / window else (low, middle)
     before, after = (vector_from_rotation(motion[len(motion) // 2].mT @ motion).rad2deg() for motion in (raw, smooth))
     speed = [motion.diff(dim=0) for motion in (before, after)]
     shifts = [shift for shift in range(-3, 4) if len(speed[0]) > 8]
@@ -196,7 +226,8 @@ def describe_smoothing(raw: Float[Tensor, "t 3 3"], smooth: Float[Tensor, "t 3 3
     trembling = [float(motion.diff(n=2, dim=0).square().sum(-1).mean().sqrt()) if len(motion) > 2 else 0.0 for motion in (before, after)]
     return {
         "window_s": round(window / fps, 3),
-        "cutoff_hz": round(low, 2),
+        "cutoff_hz": cutoff_hz(fps, window),
+        "still_cutoff_hz": cutoff_hz(fps, _calm_window(window)),
         "delay_frames": float(-shifts[int(np.argmax(agreement))]) if agreement else 0.0,
         "jitter_before_deg": round(trembling[0], 4),
         "jitter_after_deg": round(trembling[1], 4),
@@ -330,34 +361,6 @@ class _Bundle:
         gradient = torch.einsum("tk,tkai,tka->ki", weight, jacobian, error) + (self.shape - self.expected) / OWN_SHAPE**2
         self.shape, self.way = place_shape(self.shape - torch.linalg.solve(normal, gradient), self.mean, self.people)
         self.expected = self.mean + self.people @ self.way
-
-
-def place_shape(
-    shape: Float[Tensor, "k 3"], mean: Float[Tensor, "k 3"], people: Float[Tensor, "k 3 q"], own: float = OWN_SHAPE, num_steps: int = 8
-) -> tuple[Float[Tensor, "k 3"], Float[Tensor, " q"]]:
-    """Lay a person's points, known up to a similarity, where such a person's points lie in head space; also how such people differ from the mean.
-
-    Args:
-        shape: the person's points.
-        mean: of all people.
-        people: how people differ, one standard deviation; how faces slant, sit and are large in head space is part of it.
-        own: what these ways leave unsaid, scene units.
-        num_steps: Gauss-Newton steps.
-    """
-    scale, turn, shift = fit_similarity(shape, mean)
-    placed = scale * shape @ turn.mT + shift
-    found = torch.zeros(7 + people.shape[-1]).to(shape)
-    prior = torch.diag(torch.cat([torch.zeros(7), torch.ones(people.shape[-1])]).to(shape))
-    for _ in range(num_steps):
-        middle = placed.mean(0)
-        spun = cross_matrix(placed - middle)  # turning by w moves a point by -cross @ w
-        moves = torch.cat([(placed - middle)[..., None], -spun, torch.eye(3).to(shape).expand(len(shape), 3, 3), -people], -1)  # k 3 7+q
-        flat = moves.flatten(0, 1) / own
-        # at the solution, moved points equal mean + people c
-        target = (mean - placed).flatten() / own
-        found = torch.linalg.solve(flat.mT @ flat + prior, flat.mT @ target)
-        placed = (placed - middle) @ rotation_from_vector(found[1:4]).mT * found[0].exp() + middle + found[4:7]
-    return placed, found[7:]
 
 
 def _weak_perspective(shape: Tensor, observed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
