@@ -27,7 +27,9 @@ SIDE_PX = 160
 SPACING = 0.004
 """Of the grid of surface points that are compared, scene units: a little less than a pixel of those pictures."""
 RELIEF = 0.93
-"""Depth of the surface against that of the face points: light stays while heads turn, which makes turns look smaller; measured on rendered heads."""
+"""Depth of the surface against that of the face points to start from: light stays while heads turn, which makes turns look smaller."""
+LIVELY_RAD = math.radians(2)
+"""Turns much smaller than this say nothing of the surface's depth."""
 FIXED_PARTS = (
     (151, 108, 69, 104, 68, 71, 139, 34, 227, 116, 117, 118, 101, 36, 129, 102, 64, 98, 97, 2),
     (151, 337, 299, 333, 298, 301, 368, 264, 447, 345, 346, 347, 330, 266, 358, 331, 294, 327, 326, 2),
@@ -93,10 +95,10 @@ class FaceViews:
 class Surface:
     """Points of the person's rigid face with their normals, on a grid seen from the front."""
 
-    def __init__(self, face: Float[Tensor, "p 3"]) -> None:
-        """Lay the grid on the face's points."""
+    def __init__(self, face: Float[Tensor, "p 3"], relief: float = RELIEF) -> None:
+        """Lay the grid on the face's points, their depth times `relief`."""
         corners = face.numpy()
-        flat, depth = corners[:468, :2], corners[:468, 2].mean() + RELIEF * (corners[:468, 2] - corners[:468, 2].mean())
+        flat, depth = corners[:468, :2], corners[:468, 2].mean() + relief * (corners[:468, 2] - corners[:468, 2].mean())
         low, high = flat.min(0), flat.max(0)
         x, y = np.meshgrid(np.arange(low[0], high[0], SPACING), np.arange(low[1], high[1], SPACING))
         height = LinearNDInterpolator(flat, depth)
@@ -138,13 +140,29 @@ class _Alignment:
     def run(self) -> HeadMotion:
         total = len(self.rotation)
         few = torch.linspace(0, total - 1, min(NUM_REFERENCE, total)).round().long()
-        for _ in range(3):
-            self._update_look(few)
-            self._refine(few, 3)
+        self._settle(few)
+        self.surface = Surface(self.motion.face, RELIEF * self._turns_seen(few))
+        self._settle(few)
         self._update_look(few)
         for chunk in torch.arange(total).split(32):
             self._refine(chunk, 4)
         return replace(self.motion, rotation=self.rotation.double(), translation=self.translation.double())
+
+    def _settle(self, frames: Tensor) -> None:
+        """Look and poses in turn, from the start."""
+        self.rotation[frames], self.translation[frames] = self.motion.rotation[frames].float(), self.motion.translation[frames].float()
+        self.look, self.weight = torch.zeros(len(self.surface.points)), torch.ones(len(self.surface.points))
+        for _ in range(3):
+            self._update_look(frames)
+            self._refine(frames, 3)
+
+    def _turns_seen(self, frames: Tensor) -> float:
+        """How large turns to the side look to the skin against the face points, which follow them well: too deep a surface makes them small."""
+        middle = self.motion.rotation[frames[len(frames) // 2]]
+        turns = [vector_from_rotation(rotation[frames].double() @ middle.mT)[:, 1] for rotation in (self.motion.rotation, self.rotation)]
+        points, skin = (turn - turn.mean() for turn in turns)
+        doubt = len(frames) * LIVELY_RAD**2
+        return float(((points @ skin + doubt) / (points @ points + doubt)).clamp(0.75, 1.3))
 
     def _sample(self, pictures: Tensor, squares: Tensor, rotation: Tensor, translation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What the pictures show at the surface's points, b 3 n; the points in the camera, b n 3; and how squarely they are seen, b n."""
