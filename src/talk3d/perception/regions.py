@@ -1,4 +1,4 @@
-"""What each pixel of a crop shows: face, hair, eyes, mouth, neck, torso, from the person's matte, the face points and the colours of skin and hair.
+"""What each pixel of a crop shows (face, hair, eyes, mouth, neck, torso), from the matte, the face points and the colours of skin, hair and clothes.
 
 Needs no network beyond those of tracking. Outlines come from the points; where the matte goes on beyond the face, colour tells skin from hair.
 """
@@ -24,7 +24,7 @@ TOP, CHIN = 10, 152
 
 
 class RegionLabeller:
-    """Labels the crops of one clip in order; the colours of skin and hair are remembered, so that labels are steady."""
+    """Labels the crops of one clip in order; the colours of skin, hair and clothes are remembered, so that labels are steady."""
 
     def __init__(self, memory: float = 0.9) -> None:
         """Start without colours; `memory` is the share of the remembered ones kept at each frame."""
@@ -32,6 +32,7 @@ class RegionLabeller:
         self._memory = memory
         self._skin: np.ndarray | None = None
         self._hair: np.ndarray | None = None
+        self._cloth: np.ndarray | None = None
 
     def __call__(
         self, picture: UInt8[np.ndarray, "h w 3"], matte: UInt8[np.ndarray, "h w"], landmarks: Float32[np.ndarray, "n 2"]
@@ -48,19 +49,26 @@ class RegionLabeller:
         eyes = _polygon(landmarks, EYE_CONTOURS[0], shape) | _polygon(landmarks, EYE_CONTOURS[1], shape)
         height = _height(landmarks, shape)
         person = matte > 127
-        colour = uniform_filter(picture.astype(np.float32), (3, 3, 0), mode="nearest")
+        colour = np.stack([uniform_filter(picture[..., channel].astype(np.float32), 3, mode="nearest") for channel in range(3)], -1)
         self._skin = self._learn(self._skin, colour[oval & ~mouth & ~eyes & (height > 0.25) & (height < 0.8)])
         self._hair = self._learn(self._hair, colour[person & ~oval & (height > 1.12)])
-        skin_like = np.ones(shape, bool)
-        if self._skin is not None and self._hair is not None:
-            skin_like = uniform_filter(_surprise(colour, self._hair) - _surprise(colour, self._skin), 5, mode="nearest") > 0
-        labels = np.where(height > 0.02, np.where(skin_like, 1, 2), np.where(skin_like & (height > -0.6), 5, 6)).astype(np.uint8)
+        lowest = np.arange(shape[0])[:, None] >= 0.94 * shape[0]
+        self._cloth = self._learn(self._cloth, colour[person & lowest & (height < -0.15)])
+        skin_like = self._like_skin(colour, self._hair)
+        bare = self._like_skin(colour, self._cloth) & (height > -0.6)
+        labels = np.where(height > 0.02, np.where(skin_like, 1, 2), np.where(bare, 5, 6)).astype(np.uint8)
         labels[oval] = 1
         labels[oval & (height > 0.85) & ~skin_like] = REGIONS.index("hair")
         labels[eyes] = REGIONS.index("eyes")
         labels[mouth] = REGIONS.index("mouth")
         labels[~person] = 0
         return labels
+
+    def _like_skin(self, colour: np.ndarray, other: np.ndarray | None) -> np.ndarray:
+        """Pixels that look more like skin than like something else; all where a colour is unknown."""
+        if self._skin is None or other is None:
+            return np.ones(colour.shape[:2], bool)
+        return uniform_filter(_surprise(colour, other) - _surprise(colour, self._skin), 5, mode="nearest") > 0
 
     def _learn(self, known: np.ndarray | None, pixels: np.ndarray) -> np.ndarray | None:
         """Median and spread of a colour, mixed with what was known; few pixels teach nothing."""

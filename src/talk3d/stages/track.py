@@ -25,7 +25,7 @@ from talk3d.io.timeline import shot_starts
 from talk3d.metrics.capture import CaptureReport, FaceMeasures, capture_report
 from talk3d.ops.geometry import CAMERA_FOCAL, HEAD_PIVOT, view_angles
 from talk3d.perception.alignment import FaceViews, refine_motion
-from talk3d.perception.facetemplate import load_template
+from talk3d.perception.facetemplate import FaceTemplate, load_template
 from talk3d.perception.headpose import HeadMotion, solve_head_pose
 from talk3d.perception.landmarks import (
     EYELID_PAIRS,
@@ -133,16 +133,7 @@ def track(
     size = (scan.width_px, scan.height_px)
     builtin = load_template(model.kind)
     head = builtin if template is None else replace(builtin, points=template.float().cpu())
-    with tempfile.TemporaryFile() as file:
-        views = FaceViews(file)
-        faces = find_faces(scan, model, config, progress, views)
-        cuts = _cuts_inside(scan, faces)
-        pictures = faces.start + torch.nonzero(faces.seen)[:, 0]
-
-        def refine(motion: HeadMotion) -> HeadMotion:
-            return refine_motion(motion, views, pictures, size)
-
-        motion = solve_head_pose(faces.landmarks, head, size, faces.seen, cuts, config.fps, refine)
+    faces, cuts, motion = _find_motion(scan, model, head, config, progress)
     num_frames = len(faces.landmarks)
     waveform = cut_sound(waveform, faces.start / config.fps + config.audio_offset_ms / 1000, num_frames / config.fps)
     face = measures(faces, np.arange(num_frames), motion, model)
@@ -163,6 +154,23 @@ def track(
         num_training_frames=num_frames - min(round(config.held_out_s * config.fps), num_frames // 5),
         check={**check, "smoothing": dict(motion.smoothing)},
     )
+
+
+def _find_motion(
+    scan: VideoScan, model: FaceModel, head: FaceTemplate, config: TrackConfig, progress: Progress
+) -> tuple[Faces, tuple[int, ...], HeadMotion]:
+    """The faces, the shot changes among them and the head's motion, refined by small pictures that are kept on disk meanwhile."""
+    size = (scan.width_px, scan.height_px)
+    with tempfile.TemporaryFile() as file:
+        views = FaceViews(file)
+        faces = find_faces(scan, model, config, progress, views)
+        cuts = _cuts_inside(scan, faces)
+        pictures = faces.start + torch.nonzero(faces.seen)[:, 0]
+
+        def refine(motion: HeadMotion) -> HeadMotion:
+            return refine_motion(motion, views, pictures, size)
+
+        return faces, cuts, solve_head_pose(faces.landmarks, head, size, faces.seen, cuts, config.fps, refine)
 
 
 def _cuts_inside(scan: VideoScan, faces: Faces) -> tuple[int, ...]:
@@ -241,8 +249,8 @@ def _longest_stretch(seen: list[int], max_gap: int) -> tuple[int, int]:
 
 def _interpolate(wanted: np.ndarray, known: np.ndarray, values: np.ndarray) -> Tensor:
     """Values at all wanted frames, linear between known ones."""
-    if len(wanted) == len(known):
-        return torch.from_numpy(values).float()
+    if len(wanted) == len(known) or not values.size:
+        return torch.from_numpy(np.resize(values, (len(wanted), *values.shape[1:]))).float()
     flat = values.reshape(len(values), -1)
     columns = [np.interp(wanted, known, column) for column in flat.T]
     return torch.from_numpy(np.stack(columns, -1).reshape(len(wanted), *values.shape[1:])).float()
