@@ -15,7 +15,7 @@ PACKAGE = ROOT / "src" / "talk3d"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 MODULES = [path for path in SOURCES if path.name != "__init__.py"]
 
-MAX_MODULES = 60
+MAX_MODULES = 75
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
 MAX_PARAMETERS = 8
@@ -24,7 +24,6 @@ MAX_ASSETS_BYTES = 40 * 2**20
 BANNED_WORDS = {"opts", "datas", "tmp", "helper", "helpers", "utils", "manager"}
 NEVER_IMPORTED = {"torchvision", "torchaudio", "librosa", "hydra", "omegaconf"}
 ONLY_IN_ADAPTERS = {"mediapipe", "ai_edge_litert", "transformers", "onnxruntime"}
-PICKLE_READERS = {"io/eg3d.py", "io/published.py"}
 UNTESTED_ALONE = {"errors.py", "presets.py"}
 BELOW_IO = {"models", "ops", "types", "errors.py"}
 FILE_METHODS = {"open", "read_text", "read_bytes", "write_text", "write_bytes", "mkdir", "unlink", "rename", "touch", "memmap"}
@@ -233,17 +232,17 @@ def test_only_apps_print_parse_or_exit() -> None:
     nothing(found, "printing, arguments and exit codes belong to apps")
 
 
-def test_pickle_stays_in_its_cage() -> None:
-    banned_modules = {"pickle", "cPickle", "dill", "joblib", "shelve", "marshal"}
+def test_there_is_no_pickle() -> None:
+    """Published files are pickles: `io.pickles` reads them without running them (docs/adr/0007)."""
+    banned_modules = {"pickle", "_pickle", "cPickle", "dill", "joblib", "shelve", "marshal"}
     found = []
     for path in SOURCES:
-        if name_of(path) not in PICKLE_READERS:
-            found += [f"{name_of(path)}:{line} {module}" for line, module in imports(path) if module.partition(".")[0] in banned_modules]
-            found += [f"{name_of(path)}:{line} {called}" for line, called in calls(path) if called in {"torch.load", "torch.save", "eval", "exec"}]
+        found += [f"{name_of(path)}:{line} {module}" for line, module in imports(path) if module.partition(".")[0] in banned_modules]
+        found += [f"{name_of(path)}:{line} {called}" for line, called in calls(path) if called in {"torch.load", "torch.save", "eval", "exec"}]
         for node in ast.walk(tree(path)):
             if isinstance(node, ast.keyword) and node.arg == "allow_pickle" and ast.unparse(node.value) != "False":
                 found.append(f"{name_of(path)}:{node.value.lineno} allow_pickle")
-    nothing(found, f"pickle only in {sorted(PICKLE_READERS)}")
+    nothing(found, "no pickle anywhere")
 
 
 def test_no_path_of_one_machine() -> None:

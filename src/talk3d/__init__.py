@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from talk3d.errors import TrackingError as TrackingError
     from talk3d.errors import WeightsError as WeightsError
     from talk3d.io.clips import load_clip as load_clip
+    from talk3d.io.eg3d import import_eg3d as import_eg3d
     from talk3d.io.weights import load_avatar as load_avatar
     from talk3d.io.weights import load_person as load_person
     from talk3d.io.weights import load_prior as load_prior
@@ -40,6 +41,7 @@ _HOMES = {
     "animate": "talk3d.stages.animate",
     "check": "talk3d.stages.check",
     "evaluate": "talk3d.stages.evaluate",
+    "import_eg3d": "talk3d.io.eg3d",
     "load_avatar": "talk3d.io.weights",
     "load_clip": "talk3d.io.clips",
     "load_person": "talk3d.io.weights",
@@ -63,6 +65,7 @@ __all__ = [
     "animate",
     "check",
     "evaluate",
+    "import_eg3d",
     "load_avatar",
     "load_clip",
     "load_person",

@@ -4,7 +4,8 @@ from talk3d.models.avatar import AvatarConfig
 from talk3d.models.conditioning import ConditioningConfig
 from talk3d.models.deltaplane import DeltaplaneConfig
 from talk3d.models.generator import GeneratorConfig
-from talk3d.models.renderer import RendererConfig, SuperresolutionConfig
+from talk3d.models.renderer import RendererConfig
+from talk3d.models.superresolution import SuperresolutionConfig
 
 TINY = GeneratorConfig(
     z_dim=8,

@@ -59,21 +59,30 @@ def test_everything_comes_back_as_it_was(tmp_path: Path):
         assert getattr(again, name) == getattr(clip, name)
     assert (again.audio.source, again.masks.source) == ("logmel64", "drawn")
     assert [path.name for path in tmp_path.iterdir()] == ["one.clip"]
+    assert again.masks.parts is None
+
+
+def test_parts_and_wide_features_come_back(tmp_path: Path):
+    clip = make_clip()
+    parts = np.random.default_rng(1).integers(0, 19, clip.masks.person.shape, dtype=np.uint8)
+    wide = torch.randn(2 * clip.num_frames + 14, 100).unfold(0, 16, 2).transpose(1, 2)  # a view, as the speech networks give it
+    masks, audio = replace(clip.masks, parts=parts), replace(clip.audio, values=wide, source="hubert:0123456789ab")
+    replace(clip, masks=masks, audio=audio).save(tmp_path / "one.clip")
+    again = load_clip(tmp_path / "one.clip")
+    assert again.masks.parts is not None and np.array_equal(again.masks.parts, parts)
+    assert torch.equal(again.audio.values, wide) and again.audio.source == audio.source
 
 
 def test_what_a_track_may_lack_is_kept_where_it_is_there(tmp_path: Path):
     clip = make_clip()
     count = clip.num_frames
     assert load_clip_again(clip, tmp_path / "bare").track.gaze is None
-    labels = np.random.default_rng(1).integers(0, 7, clip.masks.person.shape, dtype=np.uint8)
     eyes, gaze, expression = torch.rand(count, 2), torch.rand(count, 2), torch.rand(count, 52)
     full = replace(
         clip,
         track=replace(clip.track, eyes_shut=eyes, gaze=gaze, expression=expression),
-        masks=replace(clip.masks, labels=labels),
     )
     again = load_clip_again(full, tmp_path / "full")
-    assert np.array_equal(again.masks.labels, labels)
     assert torch.equal(again.track.eyes_shut, eyes)
     assert torch.equal(again.track.gaze, gaze)
     assert torch.equal(again.track.expression, expression)

@@ -10,10 +10,12 @@ from typing import Literal
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
 
-from talk3d.errors import WeightsError
+from talk3d.errors import Talk3DError, WeightsError
 from talk3d.io.weights import (
     config_from_json,
     config_to_json,
@@ -334,3 +336,113 @@ def test_headers_must_be_complete(tmp_path: Path) -> None:
     save_tensors(path, {"x": torch.zeros(1)}, {"kind": "avatar", "config": {}, "fps": 25.0})
     with pytest.raises(WeightsError, match="lacks audio_source, person, provenance, renderer"):
         load_tensors(path, "avatar")
+
+
+def loop_of(path: Path) -> object:
+    """Read a checkpoint as training does."""
+    tensors, header = load_tensors(path, "checkpoint")
+    return unpack_state(tensors, header["skeleton"])
+
+
+@pytest.fixture
+def files(prior: Prior, person: PersonalizedGenerator, avatar: Avatar, tmp_path: Path) -> dict[str, Path]:
+    for kind, thing in (("prior", prior), ("person", person), ("avatar", avatar)):
+        thing.save(tmp_path / kind)
+    tensors, skeleton = pack_state({"a": [torch.ones(3), {"b": 2}], "c": 3})
+    save_tensors(tmp_path / "checkpoint", tensors, {"kind": "checkpoint", "step": 4, "skeleton": skeleton})
+    return {kind: tmp_path / kind for kind in READERS}
+
+
+READERS: dict[str, Callable[[Path], object]] = {"prior": load_prior, "person": load_person, "avatar": load_avatar, "checkpoint": loop_of}
+ODD = [None, True, 0, -1, 7, 2**31, 2**63, 0.5, float("nan"), "", "auto", [], {}, [[1]], {"a": 1}]
+
+
+def refused_or_read(read: Callable[[Path], object], path: Path) -> None:
+    try:
+        read(path)
+    except Talk3DError as error:
+        assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize("kind", READERS)
+def test_changed_bytes_give_typed_errors_only(kind: str, files: dict[str, Path]) -> None:
+    original = files[kind].read_bytes()
+    header_end = 8 + int.from_bytes(original[:8], "little")
+
+    @settings(max_examples=25, deadline=None)
+    @given(st.lists(st.tuples(st.integers(0, header_end), st.integers(0, 255)), min_size=1, max_size=4), st.integers(0, 50))
+    def change(changes: list[tuple[int, int]], lost: int) -> None:
+        data = bytearray(original)
+        for place, value in changes:
+            data[place] = value
+        files[kind].write_bytes(data[: len(data) - max(0, lost - 40)])
+        refused_or_read(READERS[kind], files[kind])
+
+    change()
+
+
+def places(value: object, path: tuple[object, ...] = ()) -> list[tuple[object, ...]]:
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [place for key, part in inner for place in [(*path, key), *places(part, (*path, key))]]
+
+
+@pytest.mark.parametrize("kind", READERS)
+def test_changed_headers_give_typed_errors_only(kind: str, files: dict[str, Path]) -> None:
+    tensors, header = load_tensors(files[kind], kind)
+
+    @settings(max_examples=25, deadline=None)
+    @given(st.lists(st.tuples(st.integers(0, 1000), st.sampled_from(ODD)), min_size=1, max_size=2), st.none() | st.integers(0, 1000))
+    def change(changes: list[tuple[int, object]], shrunk: int | None) -> None:
+        changed = json.loads(json.dumps(header))
+        for number, value in changes:
+            *outer, last = places(changed)[number % len(places(changed))]
+            within = changed
+            for key in outer:
+                within = within[key]
+            within[last] = value
+        names = sorted(tensors)
+        odd = {names[shrunk % len(names)]: torch.zeros(2)} if shrunk is not None else {}
+        save_tensors(files[kind], tensors | odd, changed)
+        refused_or_read(READERS[kind], files[kind])
+
+    change()
+
+
+def test_settings_of_a_giant_are_refused_before_one_is_made(files: dict[str, Path]) -> None:
+    for kind, name in (("prior", "z_dim"), ("prior", "mapping_layers"), ("person", "plane_resolution")):
+        tensors, header = load_tensors(files[kind], kind)
+        usual = header["config"][name]
+        header["config"][name] = 2**20
+        save_tensors(files[kind], tensors, header)
+        with pytest.raises(WeightsError, match="far larger than its tensors"):
+            READERS[kind](files[kind])
+        header["config"][name] = 2**30
+        save_tensors(files[kind], tensors, header)
+        with pytest.raises(WeightsError, match="1073741824 stands where int is expected"):
+            READERS[kind](files[kind])
+        header["config"][name] = usual
+        save_tensors(files[kind], tensors, header)
+
+
+def test_an_avatar_must_fit_together(files: dict[str, Path]) -> None:
+    whole, header = load_tensors(files["avatar"], "avatar")
+    for change, said in (
+        ({"performance.blink": torch.zeros(2, 1)}, "the performance in .*does not fit"),
+        ({"background": torch.zeros(5)}, "background of three colours"),
+    ):
+        save_tensors(files["avatar"], whole | change, header)
+        with pytest.raises(WeightsError, match=said):
+            load_avatar(files["avatar"])
+    header["config"]["deltaplane"]["plane_resolution"] = 64
+    save_tensors(files["avatar"], whole, header)
+    with pytest.raises(WeightsError, match="moves other planes than its person has"):
+        load_avatar(files["avatar"])
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"inner": {"pair": [1, 2]}, "rate": "fast"}, {"inner": {"pair": [1]}}, {"inner": {"pair": [1, 2.5]}}, {"inner": {}, "kind": "c"}],
+)
+def test_settings_of_the_wrong_kind_are_refused(values: object) -> None:
+    with pytest.raises(WeightsError, match="incompatible version"):
+        config_from_json(Outer, values, "x")

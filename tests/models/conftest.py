@@ -18,11 +18,13 @@ def make_predictor() -> Callable[..., DeltaplanePredictor]:
         torch.manual_seed(1)
         config = {"plane_channels": 4, "plane_resolution": 16, "widths": (8, 8, 16), "head_width": 8, "token_width": 6, "num_bases": 3} | sizes
         predictor = DeltaplanePredictor(DeltaplaneConfig(**config))
-        for layer in predictor.out.values():
+        last = [stage.conv1 for stage in predictor.Upnet.slots(3)] if predictor.config.released else predictor.out.values()
+        for layer in last:
             assert isinstance(layer, nn.Conv2d) and layer.bias is not None
             nn.init.normal_(layer.weight, std=0.5)
             nn.init.normal_(layer.bias)
-        nn.init.normal_(predictor.bases)
+        if predictor.bases is not None:
+            nn.init.normal_(predictor.bases)
         return predictor
 
     return make

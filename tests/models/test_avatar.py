@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from talk3d.models.avatar import Avatar, Performance, PersonalizedGenerator
+from talk3d.models.avatar import RELEASED, Avatar, AvatarConfig, Performance, PersonalizedGenerator
+from talk3d.models.conditioning import Conditioner
+from talk3d.models.deltaplane import DeltaplaneConfig, DeltaplanePredictor
 from talk3d.models.generator import TriplaneGenerator
 from talk3d.ops.geometry import head_camera
 from talk3d.presets import TINY, TINY_AVATAR
@@ -80,16 +82,20 @@ def test_a_talking_avatar_moves(avatar: Avatar) -> None:
     assert not torch.allclose(first, second)
 
 
-def test_what_depends_on_the_person_is_computed_once_and_forgotten_with_the_mode(avatar: Avatar) -> None:
+def test_what_depends_on_the_person_is_computed_once_and_anew_when_a_weight_changes(avatar: Avatar) -> None:
     speak(avatar)
     given = driving()
     with torch.no_grad():
         first = avatar.deltaplane(given).planes
         kept = avatar._prefix
         assert kept is not None and avatar.deltaplane(given).planes.equal(first) and avatar._prefix is kept
-        avatar.predictor.proj_in["lin_xy"].weight.mul_(2)
-        avatar.eval()
-        assert not torch.allclose(avatar.deltaplane(given).planes, first)
+        for weight in (avatar.predictor.transformer[0].proj_in["lin_xy"].weight, avatar.personalized.identity):
+            weight.mul_(2)
+            second = avatar.deltaplane(given).planes
+            assert not torch.allclose(second, first) and avatar._prefix is not kept
+            first, kept = second, avatar._prefix
+        avatar.load_state_dict(avatar.state_dict())
+        assert avatar.deltaplane(given).planes.equal(first) and avatar._prefix is not kept
 
 
 def test_nothing_is_kept_with_gradients_or_in_training(avatar: Avatar) -> None:
@@ -107,3 +113,44 @@ def test_tokens_drop_only_with_a_generator(avatar: Avatar) -> None:
         whole, dropped = avatar.deltaplane(given).planes, avatar.deltaplane(given, torch.Generator().manual_seed(0)).planes
         assert whole.equal(avatar.train().deltaplane(given).planes)
     assert not whole.equal(dropped)
+
+
+@pytest.fixture
+def released(generator: TriplaneGenerator) -> Avatar:
+    """An avatar of the released topology in a small size, with batch norm that has seen something."""
+    sizes = DeltaplaneConfig(plane_channels=4, plane_resolution=32, widths=(8, 8, 16), head_width=8, token_width=16, released=True)
+    conditioning = replace(RELEASED.conditioning, audio_channels=64, token_width=16)
+    avatar = Avatar(
+        personalized=PersonalizedGenerator.from_generator(generator, generator.mapping(torch.randn(1, 8)), {}),
+        config=AvatarConfig(conditioning=conditioning, deltaplane=sizes),
+        performance=Performance(cameras=CAMERA, blink=torch.rand(3, 1), head_pose=torch.randn(3, 3), anchors=torch.rand(3, 6)),
+        background=torch.zeros(3, 64, 64),
+        audio_source="logmel64",
+        fps=25.0,
+        provenance={},
+    )
+    with torch.no_grad():
+        assert avatar.deltaplane(driving()).planes.eq(0).all()
+        for stage in avatar.predictor.Upnet.slots(3):
+            nn.init.normal_(stage.conv1.weight)
+        avatar.deltaplane(driving())
+    return avatar.eval()
+
+
+def test_the_released_avatar_talks_from_its_cache_as_without_it(released: Avatar) -> None:
+    given = driving()
+    tokens = released.conditioner(given)
+    expected = released.predictor(released.personalized.triplane, tokens).planes
+    with torch.no_grad():
+        first, again = released.deltaplane(given).planes, released.deltaplane(given).planes
+        assert first.equal(again) and first.abs().max() > 0
+        torch.testing.assert_close(first, expected)
+        released.train().deltaplane(given)  # running statistics move
+        assert not torch.allclose(released.eval().deltaplane(given).planes, first)
+
+
+def test_released_sizes_are_the_published_ones() -> None:
+    with torch.device("meta"):
+        predictor, conditioner = DeltaplanePredictor(RELEASED.deltaplane), Conditioner(RELEASED.conditioning)
+    assert sum(buffer.numel() for name, buffer in predictor.named_buffers() if name != "scale") == 5_538 + 2_850
+    assert sum(parameter.numel() for parameter in conditioner.parameters()) == 34_240 + 3_685 + 10_496 + 25_792 + 64

@@ -1,10 +1,12 @@
 """The five tokens: order, values, and when they are dropped."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 
-from talk3d.models.conditioning import AudioAttention, AudioNet, Conditioner, ConditioningConfig, PositionalMLP
+from talk3d.models.conditioning import RELEASED, AudioAttention, Conditioner, ConditioningConfig, PositionalMLP
 from talk3d.types import Driving
 
 AUDIO, BLINK, NULL, ROTATION, LANDMARKS = range(5)
@@ -26,8 +28,8 @@ def test_tokens_are_audio_blink_null_rotation_landmarks() -> None:
     assert tokens.shape == (3, 5, 10)
     torch.testing.assert_close(tokens[:, BLINK], model.blink_encoder(given.blink))
     torch.testing.assert_close(tokens[:, NULL], model.null_vector[0].expand(3, -1))
-    torch.testing.assert_close(tokens[:, ROTATION], model.rotation_encoder(given.head_pose))
-    torch.testing.assert_close(tokens[:, LANDMARKS], model.landmark_encoder(given.anchors))
+    torch.testing.assert_close(tokens[:, ROTATION], model.camera_encoder(given.head_pose, given.anchors)[0])
+    torch.testing.assert_close(tokens[:, LANDMARKS], model.camera_encoder(given.head_pose, given.anchors)[1])
     vectors = torch.stack([torch.stack([model.audio_net(window.T[None])[0] for window in frame]) for frame in given.audio])
     torch.testing.assert_close(tokens[:, AUDIO], model.audio_att_net(vectors))
 
@@ -89,32 +91,33 @@ def test_audio_attention_is_a_convex_combination_of_its_windows() -> None:
     torch.testing.assert_close(model(same), same[:, 0])
 
 
-def test_encoders_reproduce_the_published_ones(shared) -> None:
-    arrays = {name: torch.from_numpy(value) for name, value in np.load(shared / "fixtures" / "talk3d_parity.npz").items() if "_" in name}
+CHILDREN = ("audio_net", "audio_att_net", "blink_encoder", "camera_encoder")
 
-    def load(model: torch.nn.Module, name: str, *, renamed: dict[str, str] | None = None) -> None:
-        prefix = f"{name}/weights/"
-        weights = {key.removeprefix(prefix): value for key, value in arrays.items() if key.startswith(prefix)}
-        for old, new in (renamed or {}).items():
-            weights = {key.replace(old, new): value for key, value in weights.items() if old in key}
-        model.load_state_dict(weights)
 
-    audio, attention, blink, rotation, landmarks = (
-        AudioNet(44),
-        AudioAttention(),
-        PositionalMLP(1, 16),
-        PositionalMLP(3, 10),
-        PositionalMLP(6, 6),
-    )
-    load(audio, "audio_net")
-    load(attention, "audio_att_net")
-    load(blink, "blink_encoder", renamed={"simplemlp.": ""})
-    load(rotation, "camera_encoder", renamed={"encoder1.": ""})
-    load(landmarks, "camera_encoder", renamed={"encoder2.": ""})
+def test_names_and_shapes_are_the_released_ones(shared) -> None:
+    published = json.loads((shared / "fixtures" / "state_dict_keys.json").read_text())
+    found = {name: list(value.shape) for name, value in Conditioner(RELEASED).state_dict().items()}
+    expected = {f"{child}.{name}": shape for child in CHILDREN for name, shape in published[f"talk3d_{child}"].items()}
+    assert found == expected | {"null_vector": published["talk3d_null_vector"]}
+
+
+def test_the_released_encoders_are_reproduced(shared) -> None:
+    arrays = {name: torch.from_numpy(value) for name, value in np.load(shared / "fixtures" / "talk3d_parity.npz").items()}
+    model = Conditioner(RELEASED)
+    weights = {name.replace("/weights/", "."): value for name, value in arrays.items() if name.startswith(CHILDREN) and "/weights/" in name}
+    model.load_state_dict(weights | {"null_vector": model.null_vector})
+    bounds = {"atol": 1e-5, "rtol": 1e-5}
     with torch.no_grad():
-        vectors = audio(arrays["audio_net/in"])
-        torch.testing.assert_close(vectors, arrays["audio_net/out"], atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(attention(arrays["audio_net/out"][None]), arrays["audio_att_net/out"], atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(blink(arrays["blink_encoder/in"]), arrays["blink_encoder/out"][:, 0], atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(rotation(arrays["camera_encoder/angle"]), arrays["camera_encoder/angle_out"][:, 0], atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(landmarks(arrays["camera_encoder/landmark"]), arrays["camera_encoder/landmark_out"][:, 0], atol=1e-5, rtol=1e-5)
+        windows = arrays["audio_net/in"]
+        torch.testing.assert_close(model.audio_net(windows), arrays["audio_net/out"], **bounds)
+        torch.testing.assert_close(model.audio_att_net(arrays["audio_net/out"][None]), arrays["audio_att_net/out"], **bounds)
+        torch.testing.assert_close(model.audio_token(windows.transpose(1, 2)[None]), arrays["audio_att_net/out"], **bounds)
+        torch.testing.assert_close(model.blink_encoder(arrays["blink_encoder/in"]), arrays["blink_encoder/out"][:, 0], **bounds)
+        rotation, landmarks = model.camera_encoder(arrays["camera_encoder/angle"], arrays["camera_encoder/landmark"])
+        torch.testing.assert_close(rotation, arrays["camera_encoder/angle_out"][:, 0], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(landmarks, arrays["camera_encoder/landmark_out"][:, 0], **bounds)
+
+
+def test_without_mouth_shapes_there_is_no_head_for_them() -> None:
+    model, given = conditioner(mouth_shapes=0), driving()
+    assert model.mouth_head is None and model.coefficients(given, model(given)).shape == (3, 6)

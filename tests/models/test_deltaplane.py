@@ -1,24 +1,19 @@
 """The attention U-Net: zero at the start, its prefix exact in values and gradients, its geometry that of the planes."""
 
-import math
+import copy
+import json
+from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
-from talk3d.models.deltaplane import (
-    SLOTS,
-    Attention,
-    DeltaplaneConfig,
-    DeltaplanePredictor,
-    GatedFeedForward,
-    TransformerBlock,
-    _positions,
-    apply_per_slot,
-    per_slot,
-)
-from talk3d.ops.resample import upsample2
+from talk3d.models import deltaplane
+from talk3d.models.deltaplane import BatchNorm, DeltaplaneConfig, DeltaplanePredictor, DeltaplanePrefix, positions
+from talk3d.ops.planes import roll_out
+from talk3d.ops.resample import downsample2, upsample2
 from talk3d.types import Triplane
 
 SIZES = DeltaplaneConfig(plane_channels=4, plane_resolution=16, widths=(8, 8, 16), head_width=8, token_width=6, num_bases=3)
@@ -111,7 +106,7 @@ def test_one_person_at_a_time(make_predictor, identity: Triplane) -> None:
 def test_positions_are_codes_of_x_y_and_z_with_the_collapsed_axis_in_the_middle() -> None:
     """With the width a multiple of 6 the code is [e(x) | e(y) | e(z)], each a third wide."""
     width, side = 24, 4
-    codes = _positions(width, side).view(3, side, side, 3, 8)  # plane row column axis code
+    codes = positions(width, side).view(side, side, 3, 3, 8).permute(2, 0, 1, 3, 4)  # plane row column axis code
     angle = torch.arange(4) * 1.0
     expected = torch.stack([f(angle) for f in (torch.sin, torch.cos)], -1)  # first frequency is 1
     torch.testing.assert_close(codes[0, 2, :, 0, :2], expected)  # plane A: x along columns
@@ -124,68 +119,113 @@ def test_positions_are_codes_of_x_y_and_z_with_the_collapsed_axis_in_the_middle(
         torch.testing.assert_close(codes[plane, ..., collapsed, :2], ((expected[1] + expected[2]) / 2).expand(side, side, 2))
 
 
-def slow_attention(layer: Attention, x: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
-    query, key, value = x @ layer.to_q.weight.T, context @ layer.to_k.weight.T, context @ layer.to_v.weight.T
-    heads = []
-    for q, k, v in zip(*(part.chunk(layer.num_heads, -1) for part in (query, key, value)), strict=True):
-        heads.append(torch.softmax(q @ k.transpose(1, 2) / math.sqrt(q.shape[-1]), -1) @ v)
-    return layer.to_out[0](torch.cat(heads, -1))
+def test_released_positions_put_x_y_and_z_where_they_were_trained() -> None:
+    width, side = 24, 4
+    codes = positions(width, side, "released").view(side, side, 3, 3, 8)  # row column plane axis code
+    angle = torch.arange(4) * 1.0
+    expected = torch.stack([angle.sin(), angle.cos()], -1)
+    for plane, (row, column) in enumerate(((0, 1), (1, 2), (0, 2))):
+        torch.testing.assert_close(codes[:, 1, plane, row, :2], expected)
+        torch.testing.assert_close(codes[3, :, plane, column, :2], expected)
+        torch.testing.assert_close(codes[2, 2, plane, 3 - row - column, :2], (expected[1] + expected[2]) / 2)
+    assert positions(256, 32, "released").shape == (1, 1024, 768)  # 258 numbers cut to 256
 
 
-@pytest.mark.parametrize("head_width", [4, 12])
-def test_attention_equals_explicit_heads(head_width: int) -> None:
-    layer = Attention(12, 5, head_width)
-    x, context = torch.randn(2, 7, 12), torch.randn(2, 3, 5)
-    torch.testing.assert_close(layer(x, context), slow_attention(layer, x, context), atol=1e-6, rtol=1e-5)
-    assert layer.to_q.bias is None and layer.to_k.bias is None and layer.to_v.bias is None
+@pytest.fixture(scope="module")
+def released(shared: Path) -> tuple[DeltaplanePredictor, dict[str, torch.Tensor]]:
+    arrays = {name: torch.from_numpy(value) for name, value in np.load(shared / "fixtures" / "talk3d_parity.npz").items()}
+    predictor = DeltaplanePredictor(DeltaplaneConfig(plane_channels=8, widths=(16, 32, 64), released=True)).eval()
+    predictor.load_state_dict({name.removeprefix("weights/"): value for name, value in arrays.items() if name.startswith("weights/")}, strict=True)
+    return predictor, arrays
 
 
-def test_one_set_of_queries_serves_many_contexts() -> None:
-    layer = Attention(12, 5, 4)
-    x, context = torch.randn(1, 7, 12), torch.randn(3, 2, 5)
-    found = layer.attend(layer.to_q(x), context)
-    assert found.shape == (3, 7, 12)
-    torch.testing.assert_close(found, layer(x.expand(3, -1, -1), context))
+def test_the_released_network_is_reproduced_with_its_score_maps(released) -> None:
+    predictor, arrays = released
+    identity = Triplane(planes=arrays["plane_f16"].float().unflatten(1, (3, -1)), axes="fixed")
+    with torch.no_grad():
+        prefix = predictor.prepare(identity)
+        delta = predictor.predict(prefix, arrays["tokens"]).planes.flatten(1, 2)
+        scores = predictor.score_maps(prefix, arrays["tokens"])
+    torch.testing.assert_close(delta, arrays["deltaplane_f16"].float(), atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(scores.mean(2), arrays["score_map_mean_over_heads"].float(), atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(scores.sum(-1), torch.ones(scores.shape[:-1]))
 
 
-def test_feed_forward_gates_with_gelu() -> None:
-    layer = GatedFeedForward(6)
-    first, last = layer.net["0"], layer.net["2"]
-    assert isinstance(first, nn.Sequential) and isinstance(last, nn.Linear)
-    x = torch.randn(2, 3, 6)
-    wide = first(x)
-    torch.testing.assert_close(layer(x), last(wide[..., :24] * F.gelu(wide[..., 24:])))
-    assert sorted(layer.state_dict()) == ["net.0.proj.bias", "net.0.proj.weight", "net.2.bias", "net.2.weight"]
+def test_positions_of_the_released_network_are_its_stored_ones(released) -> None:
+    stored = released[1]["weights/transformer.0.pos_emb"]
+    torch.testing.assert_close(positions(64, 32, "released"), stored, atol=1e-5, rtol=0)
 
 
-def test_slots_have_their_own_weights() -> None:
-    layers = per_slot("lin", nn.Linear, 4, 2)
-    assert list(layers) == [f"lin_{slot}" for slot in SLOTS]
-    x = torch.randn(2, 3, 5, 4)
-    found = apply_per_slot(layers, x)
-    for i, layer in enumerate(layers.values()):
-        torch.testing.assert_close(found[:, i], layer(x[:, i]))
-    assert not torch.allclose(layers["lin_xy"](x[:, 0]), layers["lin_yz"](x[:, 0]))
+def test_names_and_shapes_are_the_released_ones(shared: Path) -> None:
+    published = json.loads((shared / "fixtures" / "state_dict_keys.json").read_text())["talk3d_deltaplane_predictor"]
+    with torch.device("meta"):
+        predictor = DeltaplanePredictor(DeltaplaneConfig(released=True))
+    assert {name: list(value.shape) for name, value in predictor.state_dict().items()} == published
+    assert sum(parameter.numel() for parameter in predictor.parameters()) == 16_725_568 + 786_432  # with the positions
 
 
-def test_block_is_the_sum_of_its_parts() -> None:
-    block = TransformerBlock(8, 5, 4)
-    x, tokens = torch.randn(2, 3, 6, 8), torch.randn(2, 4, 5)
-    h, query = block.look_at_self(x)
-    found = block.look_at_tokens(h, query, tokens)
-
-    expected = x + torch.stack([block.attn1[f"att_{s}"](y, y) for s, y in zip(SLOTS, apply_per_slot(block.norm1, x).unbind(1), strict=True)], 1)
-    torch.testing.assert_close(h, expected)
-    together = apply_per_slot(block.norm2, expected).reshape(2, 18, 8)
-    expected = expected + slow_attention(block.attn2, together, tokens).reshape(2, 3, 6, 8)
-    expected = expected + apply_per_slot(block.ff, apply_per_slot(block.norm3, expected))
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+def test_the_released_network_starts_at_exactly_zero_too(identity: Triplane) -> None:
+    predictor = DeltaplanePredictor(replace(SIZES, released=True, num_bases=0)).train()
+    assert predictor(identity, torch.randn(2, 5, 6)).planes.eq(0).all()
 
 
-def test_the_first_half_cannot_see_the_tokens_and_serves_any_number_of_them() -> None:
-    block = TransformerBlock(8, 5, 4)
-    x, tokens = torch.randn(1, 3, 6, 8), torch.randn(3, 4, 5)
-    h, query = block.look_at_self(x)
-    together = block.look_at_tokens(h, query, tokens)
-    for i in range(3):
-        torch.testing.assert_close(together[i : i + 1], block.look_at_tokens(h, query, tokens[i : i + 1]))
+def plain_convolution(planes: torch.Tensor, weights: list[torch.Tensor], biases: list[torch.Tensor], order) -> list[torch.Tensor]:
+    return [F.conv2d(x, weight, bias, padding=1) for x, weight, bias in zip(roll_out(planes, order).unbind(1), weights, biases, strict=True)]
+
+
+@pytest.mark.parametrize("released", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+def test_split_roll_out_equals_the_plain_one(released: bool, training: bool, make_predictor, identity: Triplane, monkeypatch) -> None:
+    """Outputs, gradients and running statistics of the whole network, in float64."""
+    predictor = make_predictor(released=released).double().train(training)
+    tokens, coefficients, towards = (torch.randn(*shape).double() for shape in ((2, 5, 6), (2, 3), (2, 3, 4, 16, 16)))
+
+    def run() -> dict[str, torch.Tensor]:
+        one = copy.deepcopy(predictor)
+        planes = identity.planes.double().requires_grad_()
+        delta = one(Triplane(planes=planes, axes="fixed"), tokens, coefficients).planes
+        (delta * towards).sum().backward()
+        gradients = {f"gradient {name}": parameter.grad for name, parameter in one.named_parameters()}
+        return {"delta": delta, "planes": planes.grad, **gradients, **dict(one.named_buffers())}
+
+    split = run()
+    monkeypatch.setattr(deltaplane, "convolve_rolled_out", plain_convolution)
+    for name, value in run().items():
+        torch.testing.assert_close(split[name], value, atol=1e-9, rtol=1e-8, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_batch_norm_of_one_stands_for_copies_of_it() -> None:
+    single, x = BatchNorm(3).double().train(), torch.randn(1, 3, 2, 3, dtype=torch.float64)
+    several = copy.deepcopy(single)
+    for step in range(3):
+        y = x * (1 + step)
+        single.copies = 5
+        torch.testing.assert_close(single(y).expand(5, -1, -1, -1), several(y.expand(5, -1, -1, -1)))
+        for name, buffer in single.named_buffers():
+            torch.testing.assert_close(buffer, dict(several.named_buffers())[name], atol=1e-14, rtol=1e-12)
+    before = single.running_var.clone()
+    assert single.eval()(x).shape == x.shape and single.running_var.equal(before)
+
+
+def test_one_pass_in_training_equals_a_batch_of_copies(make_predictor, identity: Triplane) -> None:
+    """The released network with batch statistics: outputs, gradients and running statistics as if the identity went through once a sample."""
+    predictor = make_predictor(released=True, num_bases=0).double().train()
+    planes, tokens, towards = identity.planes.double(), torch.randn(3, 5, 6).double(), torch.randn(3, 3, 4, 16, 16).double()
+    shared, repeated = copy.deepcopy(predictor), copy.deepcopy(predictor)
+    one = shared(Triplane(planes=planes, axes="fixed"), tokens).planes
+
+    x, skips = planes.expand(3, -1, -1, -1, -1), []
+    for number in (1, 2, 3):
+        x = downsample2(repeated.Downnet.apply_stage(number, x).flatten(0, 1)).unflatten(0, (3, 3))
+        skips.append(x)
+    hidden, query = repeated.transformer[0].prepare(x)
+    prefix = DeltaplanePrefix(skips=(skips[0], skips[1]), bottom=x, hidden=hidden, query=query)
+    many = repeated.predict(prefix, tokens).planes
+
+    torch.testing.assert_close(one, many, atol=1e-9, rtol=1e-8)
+    (one * towards).sum().backward()
+    (many * towards).sum().backward()
+    found = {name: parameter.grad for name, parameter in shared.named_parameters()} | dict(shared.named_buffers())
+    expected = {name: parameter.grad for name, parameter in repeated.named_parameters()} | dict(repeated.named_buffers())
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name], atol=1e-8, rtol=1e-7, msg=lambda text, name=name: f"{name}: {text}")

@@ -8,15 +8,17 @@ import numpy as np
 import pytest
 import torch
 
+from talk3d.errors import ConfigError
 from talk3d.models.generator import GeneratorConfig, TriplaneGenerator
-from talk3d.models.renderer import RendererConfig, SuperresolutionConfig
+from talk3d.models.renderer import RendererConfig
+from talk3d.models.superresolution import PUBLISHED
 from talk3d.ops.geometry import head_camera
 from talk3d.presets import FFHQ512, TINY
 from talk3d.types import Camera, Triplane
 
 SUPERRESOLUTION = {
-    "tiny128": (SuperresolutionConfig(input_side=64, channels=(128, 64), up=(False, True)), 1),
-    "tiny512": (SuperresolutionConfig(), 2),
+    "tiny128": (PUBLISHED["SuperresolutionHybrid2X"], 1),
+    "tiny512": (PUBLISHED["SuperresolutionHybrid8XDC"], 2),
 }
 """Of the fixtures, with how their stored pictures are thinned out."""
 
@@ -41,9 +43,9 @@ def test_render_is_paint_then_render_and_takes_labels() -> None:
     assert generator.render(ws, camera, neural_rendering_resolution=9).raw.shape == (2, 3, 9, 9)
 
 
-def test_label_scale_zero_ignores_the_camera() -> None:
+def test_c_scale_zero_ignores_the_camera() -> None:
     config = replace(TINY, c_dim=25, mapping_layers=2)
-    generator, deaf = TriplaneGenerator(config), TriplaneGenerator(replace(config, label_scale=0.0))
+    generator, deaf = TriplaneGenerator(config), TriplaneGenerator(replace(config, c_scale=0.0))
     deaf.load_state_dict(generator.state_dict())
     z, labels = torch.randn(1, 8), torch.randn(2, 1, 25)
     assert deaf.mapping(z, labels[0]).equal(deaf.mapping(z, labels[1]))
@@ -58,12 +60,11 @@ def test_planes_are_thirds_of_the_channels() -> None:
 
 
 def test_names_and_shapes_are_the_published_ones(shared: Path) -> None:
-    """A meta-device model of full size: every published key is there, and nothing else but buffers that are constants."""
+    """A meta-device model of full size has exactly the published entries."""
     published = json.loads((shared / "fixtures" / "state_dict_keys.json").read_text())["eg3d_ffhq512_128"]
     with torch.device("meta"):
         mine = {name: list(value.shape) for name, value in TriplaneGenerator(FFHQ512).state_dict().items()}
-    wanted = {name: list(shape) for name, shape in published.items() if not name.endswith("resample_filter") and name != "dataset_label_std"}
-    assert mine == wanted
+    assert mine == published
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +73,7 @@ def arrays(shared: Path) -> dict[str, tuple[dict[str, torch.Tensor], dict[str, t
     for name in SUPERRESOLUTION:
         weights, expected = (np.load(shared / "fixtures" / f"eg3d_{name}_{kind}.npz") for kind in ("weights", "expected"))
         found[name] = (
-            {key: torch.from_numpy(weights[key]) for key in weights.files if not key.endswith("resample_filter")},
+            {key: torch.from_numpy(weights[key]) for key in weights.files},
             {key: torch.from_numpy(expected[key]).float() for key in expected.files},
         )
     return found
@@ -119,3 +120,33 @@ def test_pictures_of_known_generators(name: str, axes: str, arrays) -> None:
     torch.testing.assert_close(rendering.raw, expected[f"image_raw_{axes}_axes"][:count], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(rendering.depth, expected[f"image_depth_{axes}_axes"][:count], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(rendering.image[..., ::step, ::step], expected[f"image_{axes}_axes"][:count], atol=1e-3, rtol=1e-3)
+
+
+def test_zero_conditioning_ignores_the_camera_as_a_label_of_zeros_would() -> None:
+    config = replace(TINY, c_dim=25, mapping_layers=2)
+    generator, deaf = TriplaneGenerator(config), TriplaneGenerator(replace(config, c_gen_conditioning_zero=True))
+    deaf.load_state_dict(generator.state_dict())
+    z, label = torch.randn(1, 8), torch.randn(1, 25)
+    assert deaf.mapping(z, label).equal(generator.mapping(z, torch.zeros(1, 25)))
+    with pytest.raises(ConfigError, match="give labels"):
+        generator.mapping(z)
+
+
+def test_a_clamp_bounds_the_backbone() -> None:
+    free, bounded = TriplaneGenerator(TINY), TriplaneGenerator(replace(TINY, conv_clamp=0.01))
+    bounded.load_state_dict(free.state_dict())
+    ws = free.mapping(torch.randn(1, 8))
+    assert free.triplane(ws).planes.abs().max() > 0.1
+    # four resolutions, each adding at most 0.01
+    assert 0.01 < bounded.triplane(ws).planes.abs().max() <= 0.04 + 1e-6
+
+
+def test_the_raw_picture_stays_what_was_rendered() -> None:
+    """At the input side of a module that adds without doubling, which needs no resizing, the raw picture is still that before it."""
+    sizes = replace(TINY.renderer, superresolution=replace(PUBLISHED["SuperresolutionHybrid2X"], input_side=16, channels=(8, 8)))
+    generator = TriplaneGenerator(replace(TINY, renderer=sizes)).eval()
+    ws, camera = generator.mapping(torch.randn(1, 8)), head_camera(torch.zeros(1, 3))
+    rendering = generator.render(ws, camera)
+    features, _, _ = generator.render_rays(generator.triplane(ws), generator.rays(camera, 16))
+    torch.testing.assert_close(rendering.raw.flatten(2), 2 * features.transpose(1, 2)[:, :3] - 1)
+    assert rendering.raw.equal(rendering.features[:, :3]) and rendering.image.shape[-1] == 32

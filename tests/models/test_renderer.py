@@ -1,16 +1,18 @@
 """Rendering of volumes that are known in closed form, and of occupied space only."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
-from talk3d.models.renderer import PointDecoder, RendererConfig, Superresolution, SuperresolutionConfig, TriplaneRenderer
-from talk3d.models.stylegan2 import resize_to
+from talk3d.errors import ConfigError
+from talk3d.models.renderer import PointDecoder, RendererConfig, TriplaneRenderer
+from talk3d.models.superresolution import SuperresolutionConfig
 from talk3d.ops.geometry import head_camera, project
 from talk3d.ops.planes import project_points, sample_planes
-from talk3d.ops.resample import upsample2
+from talk3d.ops.volume import segment_weights, stratified_distances
 from talk3d.types import Triplane
 
 SIZES = RendererConfig(
@@ -180,67 +182,80 @@ def test_jitter_is_repeatable_and_its_absence_deterministic() -> None:
     assert jittered[0].equal(jittered[1]) and not jittered[0].equal(jittered[2])
 
 
-PUBLISHED = {
-    "8XDC": (SuperresolutionConfig(), 512),
-    "8X": (SuperresolutionConfig(channels=(128, 64)), 512),
-    "4X": (SuperresolutionConfig(channels=(128, 64), up=(False, True)), 256),
-    "2X": (SuperresolutionConfig(input_side=64, channels=(128, 64), up=(False, True)), 128),
-}
+def changed(**settings) -> tuple[TriplaneRenderer, Triplane]:
+    """The random volume with other settings and the same weights."""
+    renderer, triplane = random_volume()
+    other = TriplaneRenderer(replace(SIZES, **settings))
+    other.load_state_dict(renderer.state_dict())
+    return other, triplane
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_published_sizes(name: str) -> None:
-    config, side = PUBLISHED[name]
-    assert config.output_side == side
+def test_space_that_nothing_fills_is_white_with_white_back() -> None:
+    camera, w = head_camera(torch.tensor([[0.2, 0.1, 0.0]])), torch.randn(1, 6)
+    black, triplane = random_volume()
+    white, _ = changed(white_back=True)
+    on_black, on_white = (renderer.render_triplane(triplane, w, camera) for renderer in (black, white))
+    torch.testing.assert_close(on_white.raw, on_black.raw + 2 * (1 - on_black.raw_alpha))
+    nothing = torch.zeros(8, 8, 8, dtype=torch.bool)
+    assert white.render_triplane(triplane, w, camera, occupied=nothing).features.eq(1).all()
 
 
-def inputs(side: int = 8) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return torch.randn(2, 6, side, side), torch.rand(2, 1, side, side), torch.randn(2, 5)
+def test_automatic_limits_see_the_whole_cube_and_nothing_else() -> None:
+    """A cube of even density: the opacity of a ray follows from how long it is inside; samples elsewhere would see the decoder's zero density."""
+    renderer, triplane = changed(ray_start="auto", ray_end="auto", depth_resolution_importance=0, box_warp=0.5)
+
+    class Even(nn.Module):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return torch.full_like(x[..., :1], math.log(math.expm1(3.0)) + 1), torch.zeros_like(x[..., :1]).expand(*x.shape[:-1], 5)
+
+    setattr(renderer, "decoder", Even())  # noqa: B010
+    rays = renderer.rays(head_camera(torch.tensor([[0.3, 0.1, 0.0]])), 11)
+    _, opacity, _ = renderer.render_rays(triplane, rays)
+    torch.testing.assert_close(opacity, 1 - torch.exp(-3 * (rays.far - rays.near)))
 
 
-def make(matte: bool, up: tuple[bool, bool] = (True, True), input_side: int = 8) -> Superresolution:
-    return Superresolution(SuperresolutionConfig(input_side=input_side, channels=(4, 4), up=up, matte=matte), feature_channels=6, w_dim=5)
+def test_one_automatic_limit_alone_is_refused() -> None:
+    with pytest.raises(ConfigError, match="'auto' for both"):
+        replace(SIZES, ray_start="auto")
 
 
-@pytest.mark.parametrize("matte", [False, True])
-@pytest.mark.parametrize(("side", "up"), [(8, (True, True)), (5, (False, True)), (16, (True, False))])
-def test_shapes(matte: bool, side: int, up: tuple[bool, bool]) -> None:
-    network = make(matte, up)
-    image, alpha = network(*inputs(side))
-    assert image.shape == (2, 3, network.config.output_side, network.config.output_side) and alpha.shape == (2, 1, *image.shape[2:])
+def test_density_noise_is_for_training_with_randomness() -> None:
+    renderer, triplane = changed(density_noise=2.0)
+    w, camera = torch.randn(1, 6), head_camera(torch.zeros(1, 3))
+
+    def picture(mode: bool, seeded: bool, model: TriplaneRenderer) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(0) if seeded else None
+        return model.train(mode).render_triplane(triplane, w, camera, generator=generator).raw
+
+    plain, _ = random_volume()
+    assert picture(True, False, renderer).equal(picture(True, False, plain))
+    assert picture(False, True, renderer).equal(picture(False, True, plain))
+    assert not torch.allclose(picture(True, True, renderer), picture(True, True, plain))
 
 
-@pytest.mark.parametrize("matte", [False, True])
-def test_without_contributions_it_upsamples_the_raw_picture(matte: bool) -> None:
-    network = make(matte)
+def test_disparity_sampling_puts_samples_nearer() -> None:
+    even, triplane = random_volume()
+    near, _ = changed(disparity_space_sampling=True)
+    camera = head_camera(torch.zeros(1, 3))
+    rays = near.rays(camera, 5)
+    distances = stratified_distances(rays, SIZES.depth_resolution, disparity=True)
+    weights = segment_weights(near._decode(triplane, rays, distances, None)[0], distances)
+    assert distances.mean() < stratified_distances(rays, SIZES.depth_resolution).mean() and weights.isfinite().all()
+    assert not torch.allclose(near.render_rays(triplane, rays)[0], even.render_rays(triplane, rays)[0])
+
+
+def test_the_decoder_scales_with_its_learning_rate_factor() -> None:
+    plain, scaled = PointDecoder(4, 8, 5), PointDecoder(4, 8, 5, lr=0.5)
     with torch.no_grad():
-        for block in (network.block0, network.block1):
-            block.torgb.weight.zero_()
-    features, alpha, w = inputs()
-    image, refined = network(features, alpha, w)
-    torch.testing.assert_close(image, upsample2(upsample2(features[:, :3])))
-    expected = (upsample2(upsample2(2 * alpha - 1)) + 1) / 2 if matte else resize_to(alpha, 32)
-    torch.testing.assert_close(refined, expected)
+        for layer in (0, 2):
+            scaled.net[layer].weight.copy_(2 * plain.net[layer].weight)
+            scaled.net[layer].bias.copy_(2 * plain.net[layer].bias.normal_())
+    x = torch.randn(2, 3, 4)
+    torch.testing.assert_close(scaled(x), plain(x))
 
 
-def test_every_layer_uses_the_style_row_and_no_noise() -> None:
-    network = make(True)
-    with torch.no_grad():
-        for block in (network.block0, network.block1):
-            for layer in (block.conv0, block.conv1):
-                layer.noise_strength.fill_(5.0)
-    features, alpha, w = inputs()
-    image, _ = network(features, alpha, w)
-    with torch.no_grad():
-        for block in (network.block0, network.block1):
-            for layer in (block.conv0, block.conv1):
-                layer.noise_const.zero_()
-    torch.testing.assert_close(network(features, alpha, w)[0], image)
-    assert not torch.allclose(network(features, alpha, 2 * w)[0], image)
-
-
-def test_features_are_not_written_into() -> None:
-    features, alpha, w = inputs()
-    kept = features.clone()
-    make(False, (False, True))(features, alpha, w)
-    assert features.equal(kept)
+def test_one_style_serves_all_volumes() -> None:
+    renderer, triplane = random_volume(2)
+    w, camera = torch.randn(1, 6), head_camera(torch.randn(2, 3) * 0.2)
+    expected = renderer.render_triplane(triplane, w.expand(2, -1), camera).image
+    torch.testing.assert_close(renderer.render_triplane(triplane, w, camera).image, expected, atol=1e-5, rtol=1e-4)

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -94,3 +95,33 @@ def test_similarity_fit_never_mirrors_and_ignores_points_without_weight():
     weights = torch.ones(10, dtype=torch.float64)
     weights[0] = 0
     assert torch.allclose(g.fit_similarity(points, target, weights)[2], torch.ones(3, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(("name", "sampler"), [("ffhq", {}), ("talk3d", {"pivot": (0.0, 0.05, 0.2), "focal": 3.6})])
+def test_published_cameras_have_the_known_labels(name, sampler, shared):
+    known = np.load(shared / "fixtures" / "cameras.npz")
+    camera = g.published_camera(torch.from_numpy(known["yaw_pitch"]).float(), **sampler)
+    torch.testing.assert_close(camera.to_label(), torch.from_numpy(known[f"labels_{name}"]).float(), atol=1e-5, rtol=0)
+
+
+def test_published_cameras_stand_at_the_true_elevation_round_the_origin():
+    pitch = torch.tensor([-1.2, -0.3, 0.0, 0.15, 0.9])
+    camera = g.published_camera(torch.stack([torch.full_like(pitch, 0.4), pitch], -1), radius=2.0)
+    centre = camera.cam2world[:, :3, 3]
+    torch.testing.assert_close(centre.norm(dim=-1), torch.full((5,), 2.0))
+    torch.testing.assert_close(torch.asin(centre[:, 1] / 2.0), g.elevation(pitch))
+    torch.testing.assert_close(torch.atan2(centre[:, 0], centre[:, 2]), torch.full((5,), 0.4))
+    torch.testing.assert_close(g.warped_pitch(g.elevation(pitch)), pitch)
+    pixels = g.project(torch.tensor(g.HEAD_PIVOT).expand(5, 1, 3), camera)
+    torch.testing.assert_close(pixels, torch.full((5, 1, 2), 0.5), atol=1e-5, rtol=0)
+    torch.testing.assert_close(torch.linalg.det(camera.cam2world), torch.ones(5))
+
+
+def test_published_cameras_stay_finite_at_the_poles():
+    camera = g.published_camera(torch.tensor([[0.0, 2.0], [1.0, -2.0]]))
+    assert camera.cam2world.isfinite().all()
+    assert camera.cam2world[:, 1, 3].sign().tolist() == [-1, 1]
+
+
+def test_published_focal_lengths():
+    assert g.published_focal(18.837) == pytest.approx(4.2647, abs=2e-3)

@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from talk3d.ops.planes import project_points, roll_out, sample_planes
+from talk3d.ops.planes import convolve_rolled_out, project_points, roll_out, sample_planes
 
 AXES = {"fixed": "xy xz zy", "released": "xy xz zx"}
 """Along the columns and the rows of each plane."""
@@ -71,3 +72,44 @@ def test_roll_out_equals_explicit_means_over_the_unshared_axis() -> None:
                     expected = sum(planes[:, source, :, r, c] for r in rows for c in columns) / (len(rows) * len(columns))
                     found = rolled[:, target, 2 * channel_block : 2 * channel_block + 2, i, j]
                     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("order", ["consistent", "released"])
+def test_convolution_of_the_split_roll_out_equals_the_whole(order) -> None:
+    """Values and gradients, zero borders included, for sides down to a single pixel."""
+    for height, width in ((5, 5), (1, 1), (2, 2)):
+        planes = torch.randn(2, 3, 4, height, width, dtype=torch.float64, requires_grad=True)
+        weights = [torch.randn(5, 12, 3, 3, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+        biases = [torch.randn(5, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+        found = torch.stack(convolve_rolled_out(planes, weights, biases, order), 1)
+        rolled = roll_out(planes, order).unbind(1)
+        expected = torch.stack([F.conv2d(x, w, b, padding=1) for x, w, b in zip(rolled, weights, biases, strict=True)], 1)
+        torch.testing.assert_close(found, expected, atol=1e-12, rtol=1e-10)
+        towards = torch.randn_like(found)
+        leaves = [planes, *weights, *biases]
+        pairs = zip(torch.autograd.grad(found, leaves, towards), torch.autograd.grad(expected, leaves, towards), strict=True)
+        for mine, theirs in pairs:
+            torch.testing.assert_close(mine, theirs, atol=1e-12, rtol=1e-10)
+
+
+def test_released_roll_out_equals_its_formula() -> None:
+    a, b, c = torch.randn(3, 1, 2, 4, 4).unbind(0)
+
+    def rows(profile: torch.Tensor) -> torch.Tensor:
+        return profile[..., :, None].expand(-1, -1, 4, 4)
+
+    def columns(profile: torch.Tensor) -> torch.Tensor:
+        return profile[..., None, :].expand(-1, -1, 4, 4)
+
+    def over_rows(plane: torch.Tensor) -> torch.Tensor:
+        return plane.mean(-2)
+
+    def over_columns(plane: torch.Tensor) -> torch.Tensor:
+        return plane.mean(-1)
+
+    expected = [
+        torch.cat([a, rows(over_rows(b)), columns(over_columns(c))], 1),
+        torch.cat([columns(over_columns(a)), b, rows(over_rows(c))], 1),
+        torch.cat([rows(over_rows(a)), columns(over_columns(b)), c], 1),
+    ]
+    torch.testing.assert_close(roll_out(torch.stack([a, b, c], 1), "released"), torch.stack(expected, 1))

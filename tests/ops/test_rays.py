@@ -1,11 +1,13 @@
 """Rays of known cameras, and how spans shrink to what is occupied."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
 
 from talk3d.ops.geometry import head_camera, intrinsics_matrix, project
-from talk3d.ops.rays import camera_rays, limit_to_occupied
+from talk3d.ops.rays import camera_rays, limit_to_box, limit_to_occupied
 from talk3d.types import Camera, Rays
 
 
@@ -117,3 +119,45 @@ def test_a_full_cube_is_left_where_rays_cross_it() -> None:
 def test_the_cube_is_as_large_as_the_box() -> None:
     limited, _ = limit_to_occupied(straight_ray(), torch.ones(4, 4, 4, dtype=torch.bool), 0.5)
     assert (limited.near.item(), limited.far.item()) == pytest.approx((0.75, 1.25))
+
+
+def box_rays(origins: list[list[float]], directions: list[list[float]]) -> Rays:
+    toward = torch.nn.functional.normalize(torch.tensor([directions], dtype=torch.float32), dim=-1)
+    zero = torch.zeros(1, len(origins), 1)
+    return Rays(origins=torch.tensor([origins], dtype=torch.float32), directions=toward, near=zero, far=zero)
+
+
+def test_rays_are_limited_to_where_they_cross_the_cube() -> None:
+    """Straight through, through a corner at 45 degrees, from inside, along an axis with negative zeros."""
+    rays = box_rays([[0.1, 0.2, 3.0], [-3.0, 0.0, -2.5], [0.0, 0.0, 0.0], [0.5, 0.5, 2.0]], [[-0.0, 0.0, -1], [1, 0, 1], [0, 2, 0], [-0.0, -0.0, -1]])
+    rays.origins[0, 3] -= 0.01
+    limited = limit_to_box(rays, 2.0)
+    assert limited.near[0, :, 0].tolist() == pytest.approx([2.0, 2 * math.sqrt(2), -1.0, 0.99])
+    assert limited.far[0, :, 0].tolist() == pytest.approx([4.0, 3.5 * math.sqrt(2), 1.0, 2.99])
+    assert limited.origins is rays.origins and limited.directions is rays.directions
+
+
+def test_rays_that_miss_the_cube_span_from_the_nearest_entry_to_the_farthest_entry() -> None:
+    rays = box_rays([[0, 0, 3.0], [0, 0, 5.0], [0, 4.0, 3.0]], [[0, 0, -1]] * 3)
+    limited = limit_to_box(rays, 1.0)
+    assert limited.near[0, :, 0].tolist() == pytest.approx([2.5, 4.5, 2.5])
+    assert limited.far[0, :, 0].tolist() == pytest.approx([3.5, 5.5, 4.5])
+
+
+def test_if_all_rays_miss_the_cube_they_look_backwards() -> None:
+    limited = limit_to_box(box_rays([[0, 4.0, 3.0]], [[0, 0, -1]]), 1.0)
+    assert limited.near.item() == -1 and limited.far.item() == -2
+
+
+def test_limits_of_a_camera_touch_the_faces_of_the_cube() -> None:
+    rays = limit_to_box(camera_rays(head_camera(torch.tensor([[0.4, 0.2, 0.0]])), 9, 0.0, 0.0), 0.7)
+    hit = rays.far - rays.near < 3
+    for distance in (rays.near, rays.far):
+        points = rays.origins + distance * rays.directions
+        reach = points.abs().amax(-1)[hit[..., 0] & (reach_of_middle(rays) < 0.35)]
+        assert len(reach) > 10
+        torch.testing.assert_close(reach, torch.full_like(reach, 0.35), atol=1e-5, rtol=0)
+
+
+def reach_of_middle(rays: Rays) -> torch.Tensor:
+    return (rays.origins + (rays.near + rays.far) / 2 * rays.directions).abs().amax(-1)

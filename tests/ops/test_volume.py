@@ -144,3 +144,34 @@ def test_weights_stay_finite_with_extreme_densities() -> None:
     weights.sum().backward()
     assert weights.isfinite().all() and density.grad is not None and density.grad.isfinite().all()
     assert F.relu(weights - 1).sum() == 0
+
+
+@pytest.mark.parametrize("jitter", [False, True])
+def test_disparity_samples_are_even_in_inverse_distance(jitter: bool) -> None:
+    found = stratified_distances(rays(50), 8, torch.Generator().manual_seed(0) if jitter else None, disparity=True)
+    part = (1 / found - 1 / 2.25) / (1 / 3.3 - 1 / 2.25) * 7 - torch.arange(8)
+    if jitter:
+        assert part.min() >= -1e-4 and part.max() <= 1 + 1e-4 and part.mean().item() == pytest.approx(0.5, abs=0.05)
+    else:
+        assert found[0, 0, 0].item() == pytest.approx(2.25) and found[0, 0, -1].item() == pytest.approx(3.3)
+        torch.testing.assert_close(part, torch.zeros_like(part), atol=1e-4, rtol=0)
+
+
+def test_each_ray_has_its_own_limits() -> None:
+    own = Rays(**{**vars(rays(2)), "near": torch.tensor([[[1.0], [2.0]]]), "far": torch.tensor([[[2.0], [6.0]]])})
+    assert stratified_distances(own, 3)[0].tolist() == [[1.0, 1.5, 2.0], [2.0, 4.0, 6.0]]
+
+
+def test_white_back_fills_what_is_left() -> None:
+    distances, density, features = torch.sort(torch.rand(2, 3, 9))[0], 3 * torch.randn(2, 3, 9), torch.rand(2, 3, 9, 4)
+    black, opacity, _ = composite(features, density, distances)
+    white, _, _ = composite(features, density, distances, white_back=True)
+    torch.testing.assert_close(white, black + 1 - opacity)
+
+
+def test_depth_is_held_inside_the_distances_of_the_whole_batch() -> None:
+    """Backward spans and empty rays: the mean distance may leave the ray's own span, and nothing at all is infinitely far."""
+    distances = torch.stack([torch.linspace(2, 3, 6), torch.linspace(4, 5, 6), torch.linspace(-1, -2, 6)])[:, None]
+    density = torch.stack([torch.full((6,), -1e3), torch.full((6,), 3.0), torch.full((6,), -1e3)])[:, None]
+    depth = composite(torch.ones(3, 1, 6, 2), density, distances)[2]
+    assert depth[0].item() == 5 and 4 < depth[1].item() < 5 and depth[2].item() == 5

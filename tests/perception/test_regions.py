@@ -1,11 +1,10 @@
 """Labels of a drawn head whose parts are known."""
 
 import numpy as np
-import pytest
 
 from talk3d.perception.facetemplate import load_template
-from talk3d.perception.regions import RegionLabeller, soft_region
-from talk3d.types.face import REGIONS
+from talk3d.perception.parsing import region_matte
+from talk3d.perception.regions import OutlineParser
 
 SIDE = 128
 SKIN, HAIR, SHIRT, WALL = (210, 160, 130), (60, 40, 25), (30, 60, 160), (120, 130, 120)
@@ -31,42 +30,41 @@ def head(bald: bool = False) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return picture, matte, landmarks
 
 
-def share(labels: np.ndarray, name: str) -> float:
-    return float((labels == REGIONS.index(name)).mean())
-
-
 def test_every_part_of_a_head_has_its_name():
     picture, matte, landmarks = head()
-    labels = RegionLabeller()(picture, matte, landmarks)
-    named = {name: labels[round(y), round(x)] for name, (x, y) in {"mouth": landmarks[13], "eyes": landmarks[[159, 145]].mean(0)}.items()}
-    assert named == {name: REGIONS.index(name) for name in named}
-    chin, top = landmarks[152], landmarks[10]
-    assert labels[round(top[1]) - 9, round(top[0])] == REGIONS.index("hair")
-    assert labels[round(landmarks[4, 1]), round(landmarks[4, 0])] == REGIONS.index("face")
-    assert labels[round(chin[1]) + 5, round(chin[0])] == REGIONS.index("neck")
-    assert labels[-3, SIDE // 2] == REGIONS.index("torso")
-    assert (labels[matte == 0] == 0).all()
-    assert (labels[matte > 0] > 0).all()
+    parts = OutlineParser()(picture, matte, landmarks)
+    chin, top, eye = landmarks[152], landmarks[10], landmarks[[159, 145]].mean(0)
+    at = {
+        "hair": top - np.array([0, 9]),
+        "nose": landmarks[4],
+        "right eye": eye,
+        "upper lip": 0.8 * landmarks[0] + 0.2 * landmarks[13],
+        "neck": chin + np.array([0, 5]),
+    }
+    named = {name: int(parts[round(float(y)), round(float(x))]) for name, (x, y) in at.items()}
+    assert named == {"hair": 17, "nose": 1, "right eye": 5, "upper lip": 12, "neck": 14}
+    assert parts[-3, SIDE // 2] == 16
+    assert (parts[matte == 0] == 0).all()
+    assert (parts[matte > 0] > 0).all()
 
 
 def test_a_bald_head_has_next_to_no_hair():
     picture, matte, landmarks = head()
-    hairy = share(RegionLabeller()(picture, matte, landmarks), "hair")
+    hairy = region_matte(OutlineParser()(picture, matte, landmarks), "hair").mean()
     picture, matte, landmarks = head(bald=True)
-    assert share(RegionLabeller()(picture, matte, landmarks), "hair") < 0.6 * hairy
+    assert region_matte(OutlineParser()(picture, matte, landmarks), "hair").mean() < 0.6 * hairy
 
 
-def test_no_person_and_no_colours_give_no_labels():
+def test_where_nobody_is_there_are_no_parts():
     picture, matte, landmarks = head()
-    assert RegionLabeller()(picture, np.zeros_like(matte), landmarks).max() == 0
+    assert OutlineParser()(picture, np.zeros_like(matte), landmarks).max() == 0
 
 
-def test_soft_regions_share_the_matte():
+def test_colours_are_remembered():
     picture, matte, landmarks = head()
-    labels = RegionLabeller()(picture, matte, landmarks)
-    parts = [soft_region(labels, matte, name) for name in REGIONS[1:]]
-    inside = matte > 0
-    assert np.sum(parts, 0)[inside] == pytest.approx(1.0, abs=1e-4)
-    assert soft_region(labels, matte, *REGIONS[1:])[~inside].max() == 0
-    edge = parts[REGIONS.index("face") - 1]
-    assert ((edge > 0.2) & (edge < 0.8)).any()
+    parser = OutlineParser()
+    first = parser(picture, matte, landmarks)
+    covered = picture.copy()
+    covered[:20] = WALL  # the top of the head is out of sight for a frame
+    again = parser(covered, np.where(np.arange(SIDE)[:, None] < 20, 0, matte).astype(np.uint8), landmarks)
+    assert (again[20:] == first[20:]).mean() > 0.97

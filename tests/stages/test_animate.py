@@ -11,8 +11,9 @@ from talk3d.errors import ConfigError, MediaError
 from talk3d.io.media import VideoWriter, read_audio, scan_video
 from talk3d.ops.geometry import head_camera
 from talk3d.perception.speech import speech_features
+from talk3d.stages import animate as animating
 from talk3d.stages.animate import AnimateConfig, animate, composite, count_frames, ping_pong, write_animation
-from talk3d.types import Rendering, Waveform
+from talk3d.types import AudioFeatures, Rendering, Waveform
 
 PERFORMED = 5
 
@@ -85,6 +86,25 @@ def test_long_sound_is_heard_in_pieces_as_if_it_were_whole(make_avatar) -> None:
     list(animate(avatar, speech, config=AnimateConfig(batch_size=32)))
     whole = speech_features(speech, 1600, 25.0).around(torch.arange(1600))
     torch.testing.assert_close(avatar.driven.audio, whole, atol=1e-4, rtol=0)
+
+
+def test_the_avatars_own_encoder_is_used(make_avatar, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int | None]] = []
+
+    class Ramp:
+        source = "hubert:0123456789ab"
+
+        def __call__(self, waveform: Waveform, num_frames: int, fps: float, start: int = 0, stop: int | None = None) -> AudioFeatures:
+            asked.append((start, stop))
+            ramp = torch.arange(start, stop or num_frames, dtype=torch.float32)
+            return AudioFeatures(values=ramp[:, None, None].expand(-1, 16, 3), fps=fps, source=self.source)
+
+    monkeypatch.setattr(animating, "load_speech_of", lambda source, device: Ramp())
+    avatar = make_avatar(audio_source=Ramp.source)
+    list(animate(avatar, sound(62.0), config=AnimateConfig(batch_size=32)))
+    whole = Ramp()(sound(62.0), 1550, 25.0).around(torch.arange(1550))
+    assert torch.equal(avatar.driven.audio, whole)
+    assert asked[:3] == [(0, 754), (746, 1504), (1496, 1550)]
 
 
 def test_frames_are_a_stream(make_avatar) -> None:

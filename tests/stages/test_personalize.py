@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from talk3d.errors import ConfigError, TrackingError, WeightsError
+from talk3d.errors import ConfigError, ShapeError, TrackingError, WeightsError
 from talk3d.models.avatar import PersonalizedGenerator, Prior
 from talk3d.stages.personalize import PersonalizeConfig, choose_frames, face_emphasis, personalize
 from talk3d.training.losses import premultiply
@@ -53,6 +53,11 @@ def test_blurred_and_unsure_frames_are_left_out(still: Clip) -> None:
     changed = dataclasses.replace(with_track(still, head_pose=pose, confidence=confidence), frames=frames)
     assert set(choose_frames(changed, 15).tolist()) == set(range(20)) - {3, 7, 10, 11, 13}
     assert choose_frames(changed, 2).tolist()[1] == 8
+
+
+def test_a_clip_of_another_size_is_refused(prior: Prior, clip_of: Callable[..., Clip]) -> None:
+    with pytest.raises(ShapeError, match="the clip has 48 pixels a side, the prior paints 64: track the video again with --size-px 64"):
+        personalize(clip_of(8, 48), prior, SHORT)
 
 
 def test_too_few_usable_frames_are_refused(still: Clip) -> None:

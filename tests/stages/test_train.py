@@ -32,6 +32,7 @@ def test_the_talking_part_is_as_wide_as_the_planes() -> None:
     large = avatar_sizes(BUILTIN256.renderer)
     assert (large.deltaplane.plane_channels, large.deltaplane.plane_resolution, large.deltaplane.widths[0]) == (24, 128, 24)
     assert large.deltaplane.token_width == large.conditioning.token_width
+    assert large.conditioning.audio_channels == 64 and avatar_sizes(BUILTIN256.renderer, 44).conditioning.audio_channels == 44
     small = avatar_sizes(TINY.renderer).deltaplane
     assert (small.plane_channels, small.plane_resolution, small.plane_axes) == (4, 32, "fixed")
 
@@ -63,6 +64,12 @@ def test_it_learns_the_clip_and_listens(person: PersonalizedGenerator, clip: Cli
     louder = replace(driving, audio=driving.audio + 1)
     with torch.no_grad():
         assert not torch.allclose(avatar.deltaplane(driving).planes, avatar.deltaplane(louder).planes)
+
+
+def test_it_listens_to_whatever_features_the_clip_has(person: PersonalizedGenerator, clip: Clip) -> None:
+    audio = replace(clip.audio, values=clip.audio.values[..., :44], source="ctc44:0123456789ab")
+    avatar = train(person, replace(clip, audio=audio), replace(SHORT, steps=1))
+    assert avatar.audio_source == audio.source and avatar.config.conditioning.audio_channels == 44
 
 
 def test_the_performance_is_the_training_part(person: PersonalizedGenerator, clip: Clip) -> None:

@@ -18,10 +18,11 @@ from typing import Any
 from talk3d import __version__
 from talk3d.apps.check import reviewer
 from talk3d.errors import ConfigError
+from talk3d.io.catalogue import sha256_of
 from talk3d.io.clips import load_clip
 from talk3d.io.weights import load_person, load_prior
 from talk3d.stages.personalize import PersonalizeConfig, personalize
-from talk3d.stages.track import TrackConfig, sha256_of, track
+from talk3d.stages.track import TrackConfig, track
 from talk3d.stages.train import TrainConfig, train
 from talk3d.types import Progress, silent
 

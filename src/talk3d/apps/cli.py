@@ -23,6 +23,7 @@ SUMMARIES = {
     "train": "a person and a clip in, an avatar out: the head learns to talk",
     "evaluate": "measures an avatar on the part of a clip it never saw",
     "pretrain": "many heads in, a prior out: what `personalize` starts from",
+    "weights": "optional networks of others: list, fetch, verify; import published generators",
     "doctor": "says what is installed, and what is missing",
 }
 EXAMPLES = {
@@ -36,6 +37,8 @@ EXAMPLES = {
     "evaluate": "talk3d evaluate me.t3d me.clip -o report.json",
     "pretrain": "talk3d pretrain heads/ -o prior.t3d",
     "demo": "talk3d demo\n  talk3d demo -o elsewhere.mp4",
+    "weights": "talk3d weights list\n  talk3d weights fetch lpips-alex arcface\n  talk3d weights verify\n"
+    "  talk3d weights import ffhq512-128.pkl -o prior.t3d --axes fixed\n  talk3d weights import 19_80000.pt -o talk3d.t3d",
     "doctor": "talk3d doctor",
 }
 OVERVIEW = f"""talk3d {__version__}: a short video of one person talking in, a talking 3D avatar out.

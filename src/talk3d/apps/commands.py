@@ -35,6 +35,9 @@ def run(name: str, arguments: list[str], examples: str) -> None:
         SystemExit: the arguments cannot be parsed, or help was asked for.
     """
     command = COMMANDS[name]()
+    if isinstance(command, dict):
+        tyro.extras.subcommand_cli_from_dict(command, prog=f"talk3d {name}", description=f"examples:\n  {examples}", args=arguments)
+        return
     description = f"{(command.__doc__ or '').partition('Args:')[0].strip()}\n\nexamples:\n  {examples}"
     tyro.cli(command, prog=f"talk3d {name}", description=description, args=arguments)
 
@@ -363,7 +366,13 @@ def _doctor() -> Callable[..., None]:
     return command
 
 
-COMMANDS: dict[str, Callable[[], Callable[..., None]]] = {
+def _weights() -> dict[str, Callable[..., None]]:
+    from talk3d.apps.weights import COMMANDS
+
+    return COMMANDS
+
+
+COMMANDS: dict[str, Callable[[], Callable[..., None] | dict[str, Callable[..., None]]]] = {
     "animate": _animate,
     "build": _build,
     "check": _check,
@@ -374,5 +383,6 @@ COMMANDS: dict[str, Callable[[], Callable[..., None]]] = {
     "pretrain": _pretrain,
     "track": _track,
     "train": _train,
+    "weights": _weights,
 }
-"""Every command by its name: calling the entry imports its stage and returns the function that tyro reads."""
+"""Every command by its name: calling the entry imports its stage and returns the function, or the functions by their names, that tyro reads."""

@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from talk3d import __version__
+from talk3d.io.catalogue import CATALOGUE, is_there
 from talk3d.io.face_models import TASK_NAME, WHEEL, WHEEL_MEMBERS, cache_folder, find_task
 from talk3d.io.weights import ASSETS
 
@@ -145,7 +146,7 @@ def print_table(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]
     Console().print(table)
 
 
-PACKAGES = ("numpy", "scipy", "av", "safetensors", "ai-edge-litert", "torchmetrics", "jaxtyping", "tyro", "rich")
+PACKAGES = ("numpy", "scipy", "av", "safetensors", "ai-edge-litert", "torchmetrics", "jaxtyping", "tyro", "rich", "transformers")
 UNWANTED = ("torchvision", "torchaudio")
 
 
@@ -164,6 +165,7 @@ def examine() -> list[tuple[str, str]]:
         ("video encoders", _encoders()),
         ("face landmarks, better", _task()),
         ("face landmarks, offline", _registry_models()),
+        ("optional networks", _optional()),
         ("assets", _assets()),
         *((name, "installed: talk3d never uses it, and its wheels often break a CPU torch") for name in UNWANTED if _version(name) != "missing"),
     ]
@@ -196,12 +198,22 @@ def _encoders() -> str:
 
 def _task() -> str:
     path = find_task()
-    return str(path) if path else f"not there: put {TASK_NAME} (3.7 MB, published by MediaPipe) into {cache_folder()}"
+    return (
+        str(path)
+        if path
+        else f"not there: talk3d weights fetch face-landmarker, or put {TASK_NAME} (3.7 MB, published by MediaPipe) into {cache_folder()}"
+    )
 
 
 def _registry_models() -> str:
     missing = [name for name in WHEEL_MEMBERS if not (cache_folder() / name).is_file()]
     return f"fetched on first use from the package {WHEEL} (36 MB, once)" if missing else str(cache_folder())
+
+
+def _optional() -> str:
+    there = [name for name, entry in CATALOGUE.items() if is_there(entry)]
+    missing = [name for name in CATALOGUE if name not in there]
+    return f"there: {', '.join(there) or 'none'}; not there: {', '.join(missing) or 'none'} (talk3d weights list)"
 
 
 def _assets() -> str:

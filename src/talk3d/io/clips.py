@@ -47,8 +47,8 @@ def save_clip(clip: Clip, path: Path) -> None:
         partial.mkdir(parents=True)
         _write_array(partial / "frames.npy", clip.frames)
         _write_array(partial / "masks.npy", clip.masks.person)
-        if clip.masks.labels is not None:
-            _write_array(partial / "labels.npy", clip.masks.labels)
+        if clip.masks.parts is not None:
+            _write_array(partial / "parts.npy", clip.masks.parts)
         save_file(_tensors(clip), partial / "track.safetensors")
         (partial / "clip.json").write_text(json.dumps(_facts(clip), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         _swap(partial, path)
@@ -74,8 +74,8 @@ def load_clip(path: str | Path) -> Clip:
             raise MediaError(f"the clip {path} was made by a newer talk3d: update talk3d, or track the video again")
         frames = np.load(path / "frames.npy", mmap_mode="r", allow_pickle=False)
         mattes = np.load(path / "masks.npy", mmap_mode="r", allow_pickle=False)
-        labels = np.load(path / "labels.npy", mmap_mode="r", allow_pickle=False) if (path / "labels.npy").is_file() else None
-        masks = FaceMasks(person=mattes, labels=labels, source=facts["masks_source"])
+        parts = np.load(path / "parts.npy", mmap_mode="r", allow_pickle=False) if (path / "parts.npy").is_file() else None
+        masks = FaceMasks(person=mattes, source=facts["masks_source"], parts=parts)
         return _assemble(facts, load_file(path / "track.safetensors"), frames, masks)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise MediaError(f"the clip {path} is damaged ({error}): track the video again") from error

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from talk3d.models.conditioning import RELEASED as RELEASED_CONDITIONING
 from talk3d.models.conditioning import Conditioner, ConditioningConfig
 from talk3d.models.deltaplane import DeltaplaneConfig, DeltaplanePredictor, DeltaplanePrefix
 from talk3d.models.generator import TriplaneGenerator
@@ -74,9 +75,8 @@ class PersonalizedGenerator(nn.Module):
 
     def render(self, triplane: Triplane, camera: Camera, generator: torch.Generator | None = None) -> Rendering:
         """Render planes near the identity's, looking only where this person's head can be; `generator` jitters the samples."""
-        w = self.w.expand(len(camera), -1)
         occupied: Bool[Tensor, "s s s"] = self.occupied
-        return self.renderer.render_triplane(triplane, w, camera, generator=generator, occupied=occupied)
+        return self.renderer.render_triplane(triplane, self.w, camera, generator=generator, occupied=occupied)
 
     def save(self, path: str | Path) -> None:
         """Write one file, weights as float16."""
@@ -93,6 +93,10 @@ class AvatarConfig:
     """The encoders of the tokens."""
     deltaplane: DeltaplaneConfig
     """The U-Net and the linear bases."""
+
+
+RELEASED = AvatarConfig(conditioning=RELEASED_CONDITIONING, deltaplane=DeltaplaneConfig(released=True))
+"""Of the released Talk3D networks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,30 +142,34 @@ class Avatar(nn.Module):
         self.predictor = DeltaplanePredictor(config.deltaplane)
         self.register_buffer("background", background)
         self.audio_source, self.fps, self.provenance = audio_source, fps, dict(provenance)
+        self._prefix_modules = list(self.predictor.modules())
         self._prefix: DeltaplanePrefix | None = None
+        self._prefix_state: list[tuple[int, int]] = []
 
     @property
     def resolution(self) -> int:
         """Pixels a side of the pictures."""
         return self.personalized.renderer.renderer_config.superresolution.output_side
 
-    def train(self, mode: bool = True) -> "Avatar":
-        """Switch between training and evaluation; forgets what was cached for the person."""
-        self._prefix = None
-        return super().train(mode)
-
     def deltaplane(self, driving: Driving, generator: torch.Generator | None = None) -> Triplane:
         """Predict the deltaplane of b frames; `generator` (training) drops tokens.
 
-        In evaluation mode what depends only on the person is computed once and kept until the mode changes.
+        What depends only on the person is computed once for the batch; in evaluation without gradients it is kept until a weight changes.
         """
-        prefix = self._prefix
-        if prefix is None or self.training:
-            prefix = self.predictor.prepare(self.personalized.triplane)
-        if not self.training and not torch.is_grad_enabled():
-            self._prefix = prefix
         tokens = self.conditioner(driving, generator)
-        return self.predictor.predict(prefix, tokens, self.conditioner.coefficients(driving, tokens))
+        return self.predictor.predict(self._prepared(len(tokens)), tokens, self.conditioner.coefficients(driving, tokens))
+
+    def _prepared(self, batch: int) -> DeltaplanePrefix:
+        if self.training or torch.is_grad_enabled():
+            return self.predictor.prepare(self.personalized.triplane, batch)
+        parts = [
+            self.personalized.identity,
+            *(part for module in self._prefix_modules for part in (*module._parameters.values(), *module._buffers.values())),
+        ]
+        state = [(part.data_ptr(), 0 if part.is_inference() else part._version) for part in parts if part is not None]
+        if self._prefix is None or state != self._prefix_state:
+            self._prefix, self._prefix_state = self.predictor.prepare(self.personalized.triplane), state
+        return self._prefix
 
     def render(self, driving: Driving, camera: Camera) -> Rendering:
         """Render b frames as their cameras see them, deterministically."""

@@ -29,7 +29,7 @@ class ConditioningConfig:
     token_width: int = 64
     """Width of a token."""
     mouth_shapes: int = 8
-    """Principal components of the mouth's shape that are read off the audio token."""
+    """Principal components of the mouth's shape that are read off the audio token; 0 reads off none."""
     drop_rate: float = 0.1
     """How often, in training, each token but the audio's is replaced by the null token."""
 
@@ -37,6 +37,10 @@ class ConditioningConfig:
     def num_coefficients(self) -> int:
         """Weights of the linear bases: mouth shapes, blink, three angles, two coordinates."""
         return self.mouth_shapes + 6
+
+
+RELEASED = ConditioningConfig(audio_channels=44, blink_octaves=16, pose_octaves=10, anchor_octaves=6, mouth_shapes=0, drop_rate=0.0)
+"""Of the released Talk3D networks, which were trained on pitch, yaw and roll in degrees."""
 
 
 class AudioNet(nn.Module):
@@ -94,8 +98,36 @@ class PositionalMLP(nn.Module):
         return x
 
 
+class BlinkEncoder(nn.Module):
+    """The blink's token."""
+
+    def __init__(self, octaves: int, width: int) -> None:
+        super().__init__()
+        self.simplemlp = PositionalMLP(1, octaves, width)
+
+    def forward(self, blink: Float[Tensor, "b 1"]) -> Float[Tensor, "b d"]:
+        """Encode how shut the eyes are."""
+        return self.simplemlp(blink)
+
+
+class CameraEncoder(nn.Module):
+    """The tokens of head rotation and landmarks."""
+
+    def __init__(self, pose_octaves: int, anchor_octaves: int, width: int) -> None:
+        super().__init__()
+        self.encoder1 = PositionalMLP(3, pose_octaves, width)
+        self.encoder2 = PositionalMLP(6, anchor_octaves, width)
+
+    def forward(self, head_pose: Float[Tensor, "b 3"], anchors: Float[Tensor, "b 6"]) -> tuple[Float[Tensor, "b d"], Float[Tensor, "b d"]]:
+        """Encode three angles and three points."""
+        return self.encoder1(head_pose), self.encoder2(anchors)
+
+
 class Conditioner(nn.Module):
-    """Encodes what drives a frame into tokens [audio, blink, null, rotation, landmarks], and into the weights of the linear bases."""
+    """Encodes what drives a frame into tokens [audio, blink, null, rotation, landmarks], and into the weights of the linear bases.
+
+    Attribute names are those of the published weights.
+    """
 
     def __init__(self, config: ConditioningConfig) -> None:
         super().__init__()
@@ -103,10 +135,9 @@ class Conditioner(nn.Module):
         width = config.token_width
         self.audio_net = AudioNet(config.audio_channels, width)
         self.audio_att_net = AudioAttention(width)
-        self.blink_encoder = PositionalMLP(1, config.blink_octaves, width)
-        self.rotation_encoder = PositionalMLP(3, config.pose_octaves, width)
-        self.landmark_encoder = PositionalMLP(6, config.anchor_octaves, width)
-        self.mouth_head = nn.Linear(width, config.mouth_shapes)
+        self.blink_encoder = BlinkEncoder(config.blink_octaves, width)
+        self.camera_encoder = CameraEncoder(config.pose_octaves, config.anchor_octaves, width)
+        self.mouth_head = nn.Linear(width, config.mouth_shapes) if config.mouth_shapes else None
         self.null_vector = nn.Parameter(torch.randn(1, 1, width))
 
     def audio_token(self, windows: Float[Tensor, "b n f w"]) -> Float[Tensor, "b d"]:
@@ -116,8 +147,8 @@ class Conditioner(nn.Module):
 
     def coefficients(self, driving: Driving, tokens: Float[Tensor, "b 5 d"]) -> Float[Tensor, "b k"]:
         """Return the weights of the linear bases, of about unit size: mouth shapes heard in the sound, blink, head rotation, place in the picture."""
-        mouth = self.mouth_head(tokens[:, 0])  # the audio token, which is never dropped
-        return torch.cat([mouth, 2 * driving.blink, 4 * driving.head_pose, 4 * driving.anchors[:, :2]], 1)
+        mouth = [] if self.mouth_head is None else [self.mouth_head(tokens[:, 0])]  # the audio token, which is never dropped
+        return torch.cat([*mouth, 2 * driving.blink, 4 * driving.head_pose, 4 * driving.anchors[:, :2]], 1)
 
     def forward(self, driving: Driving, generator: torch.Generator | None = None) -> Float[Tensor, "b 5 d"]:
         """Encode b frames; `generator` (training) replaces tokens other than the audio's by the null token at the configured rate."""
@@ -127,8 +158,7 @@ class Conditioner(nn.Module):
                 self.audio_token(driving.audio),
                 self.blink_encoder(driving.blink),
                 self.null_vector.expand(batch, -1, -1)[:, 0],
-                self.rotation_encoder(driving.head_pose),
-                self.landmark_encoder(driving.anchors),
+                *self.camera_encoder(driving.head_pose, driving.anchors),
             ],
             1,
         )

@@ -22,14 +22,18 @@ class GeneratorConfig:
     """Length of the latent."""
     c_dim: int = 25
     """Length of the conditioning camera label; 0 leaves conditioning out."""
-    label_scale: float = 1.0
+    c_scale: float = 1.0
     """The label is multiplied by this first; 0 ignores it."""
+    c_gen_conditioning_zero: bool = False
+    """Whether the label is ignored: replaced by zeros."""
     mapping_layers: int = 2
     """Layers of the mapping network; 0 is one affine map."""
     channel_base: int = 32768
     """Channels of the backbone at a resolution are min(channel_base / resolution, channel_max)."""
     channel_max: int = 512
     """Most channels of the backbone."""
+    conv_clamp: float | None = None
+    """Largest magnitude that a layer of the backbone returns; None does not bound it, as in the published FFHQ networks."""
     renderer: RendererConfig = field(default_factory=RendererConfig)
     """Planes, rays, decoder and super-resolution."""
 
@@ -47,6 +51,7 @@ class TriplaneGenerator(TriplaneRenderer):
             image_channels=3 * r.plane_channels,
             channel_base=config.channel_base,
             channel_max=config.channel_max,
+            clamp=config.conv_clamp,
         )
         mapping = MappingNetwork(z_dim=config.z_dim, c_dim=config.c_dim, w_dim=r.w_dim, num_ws=synthesis.num_ws, num_layers=config.mapping_layers)
         self.backbone = nn.ModuleDict({"mapping": mapping, "synthesis": synthesis})
@@ -64,11 +69,12 @@ class TriplaneGenerator(TriplaneRenderer):
         return network
 
     def mapping(
-        self, z: Float[Tensor, "b z"], label: Float[Tensor, "b 25"] | None = None, truncation_psi: float = 1.0, truncation_cutoff: int | None = None
+        self, z: Float[Tensor, "b z"], label: Float[Tensor, "b c"] | None = None, truncation_psi: float = 1.0, truncation_cutoff: int | None = None
     ) -> Float[Tensor, "b n w"]:
-        """Map latents (and a conditioning camera, if the generator has one) to style rows; see `MappingNetwork.forward`."""
-        scaled = None if label is None else label * self.config.label_scale
-        return self.mapping_network(z, scaled, truncation_psi, truncation_cutoff)
+        """Map latents (and a conditioning camera's label, if the generator takes one) to style rows; see `MappingNetwork.forward`."""
+        if label is not None:
+            label = torch.zeros_like(label) if self.config.c_gen_conditioning_zero else label * self.config.c_scale
+        return self.mapping_network(z, label, truncation_psi, truncation_cutoff)
 
     def triplane(self, ws: Float[Tensor, "b n w"]) -> Triplane:
         """Paint the planes of these style rows, with the stored (constant) noise."""

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from talk3d.errors import ConfigError
 from talk3d.models.layers import EqualLinear, SynthesisLayer, ToImage
-from talk3d.ops.resample import upsample2
+from talk3d.ops.resample import fir_filter, upsample2
 
 
 def _normalise(x: Float[Tensor, "b d"]) -> Float[Tensor, "b d"]:
@@ -48,10 +49,16 @@ class MappingNetwork(nn.Module):
             label: conditioning camera labels, usually frontal, already scaled; needed when the network was made with `c_dim` > 0.
             truncation_psi: 1 keeps w, 0 gives the average.
             truncation_cutoff: rows before this one are truncated; None truncates all.
+
+        Raises:
+            ConfigError: the network is conditioned and no label is given.
         """
         x = _normalise(z.float())
         if self.c_dim:
-            assert label is not None, "this mapping network is conditioned: give a label"
+            if label is None:
+                raise ConfigError(
+                    f"this generator is conditioned on {self.c_dim} numbers of a camera and got none: give labels, usually of a front view"
+                )
             x = torch.cat([x, _normalise(self.embed(label.float()))], 1)
         if not self.num_layers:
             x = self.affine(x)
@@ -67,18 +74,21 @@ class MappingNetwork(nn.Module):
 class SynthesisBlock(nn.Module):
     """One resolution: one or two convolutions and a contribution to the running image."""
 
-    def __init__(self, in_channels: int, channels: int, *, w_dim: int, resolution: int, image_channels: int, up: bool = True) -> None:
+    def __init__(
+        self, in_channels: int, channels: int, *, w_dim: int, resolution: int, image_channels: int, up: bool = True, clamp: float | None = None
+    ) -> None:
         super().__init__()
         self.up, self.is_first = up, in_channels == 0
         if self.is_first:
             self.const = nn.Parameter(torch.randn(channels, resolution, resolution))
         else:
-            self.conv0 = SynthesisLayer(in_channels, channels, w_dim, resolution, up=up)
-        self.conv1 = SynthesisLayer(channels, channels, w_dim, resolution)
-        self.torgb = ToImage(channels, image_channels, w_dim)
+            self.conv0 = SynthesisLayer(in_channels, channels, w_dim, resolution, up=up, clamp=clamp)
+        self.conv1 = SynthesisLayer(channels, channels, w_dim, resolution, clamp=clamp)
+        self.torgb = ToImage(channels, image_channels, w_dim, clamp=clamp)
+        self.register_buffer("resample_filter", fir_filter())
 
     def forward(
-        self, x: Float[Tensor, "b i h w"] | None, image: Float[Tensor, "b k h w"] | None, ws: Float[Tensor, "b 3 d"], *, noise: bool = True
+        self, x: Float[Tensor, "b i h w"] | None, image: Float[Tensor, "b k h w"] | None, ws: Float[Tensor, "#b 3 d"], *, noise: bool = True
     ) -> tuple[Float[Tensor, "b o p q"], Float[Tensor, "b k p q"]]:
         """Return features and the running image; `ws` rows drive the first convolution, the second, and the image layer."""
         first = self.const.expand(ws.shape[0], -1, -1, -1) if self.is_first else self.conv0(x, ws[:, 0], noise=noise)
@@ -92,17 +102,17 @@ class SynthesisBlock(nn.Module):
 class SynthesisNetwork(nn.Module):
     """From style rows to a picture of `image_channels` at `resolution`, doubling from 4.
 
-    Channels at a resolution are min(channel_base / resolution, channel_max).
+    Channels at a resolution are min(channel_base / resolution, channel_max); `clamp` bounds what every layer returns.
     """
 
-    def __init__(self, *, w_dim: int, resolution: int, image_channels: int, channel_base: int, channel_max: int) -> None:
+    def __init__(self, *, w_dim: int, resolution: int, image_channels: int, channel_base: int, channel_max: int, clamp: float | None = None) -> None:
         super().__init__()
         self.resolutions = [2**k for k in range(2, int(math.log2(resolution)) + 1)]
         self.num_ws = 2 * len(self.resolutions)
         previous = 0
         for side in self.resolutions:
             channels = min(channel_base // side, channel_max)
-            block = SynthesisBlock(previous, channels, w_dim=w_dim, resolution=side, image_channels=image_channels)
+            block = SynthesisBlock(previous, channels, w_dim=w_dim, resolution=side, image_channels=image_channels, clamp=clamp)
             setattr(self, f"b{side}", block)
             previous = channels
 
@@ -116,8 +126,8 @@ class SynthesisNetwork(nn.Module):
         return image
 
 
-def resize_to(x: Float[Tensor, "b c h w"], side: int) -> Float[Tensor, "b c s s"]:
-    """Resize to `side` pixels with antialiased bilinear interpolation, if the size differs."""
+def resize_to(x: Float[Tensor, "b c h w"], side: int, *, antialias: bool = True) -> Float[Tensor, "b c s s"]:
+    """Resize to `side` pixels with bilinear interpolation, antialiased unless told otherwise, if the size differs."""
     if x.shape[-1] == side:
         return x
-    return F.interpolate(x, size=(side, side), mode="bilinear", align_corners=False, antialias=True)
+    return F.interpolate(x, size=(side, side), mode="bilinear", align_corners=False, antialias=antialias)

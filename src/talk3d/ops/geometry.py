@@ -3,6 +3,7 @@
 import math
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -90,6 +91,57 @@ def head_camera(angles: Float[Tensor, "*b 3"], radius: float = CAMERA_RADIUS, fo
     cam2world = look_at(angles, radius)
     matrix = intrinsics_matrix(focal).to(cam2world)
     return Camera(cam2world=cam2world, intrinsics=matrix.expand(*cam2world.shape[:-2], 3, 3))
+
+
+def published_camera(
+    yaw_pitch: Float[Tensor, "*b 2"],
+    *,
+    pivot: tuple[float, float, float] = HEAD_PIVOT,
+    radius: float = CAMERA_RADIUS,
+    focal: float = CAMERA_FOCAL,
+) -> Camera:
+    """The cameras that EG3D's look-at sampler makes of these numbers, which labels, tracks and checkpoints of the published models hold.
+
+    They sit on a sphere round the world's origin and look at the pivot, without roll. The second number is not the camera's elevation but
+    a warped one, and positive is below the face: see `elevation`.
+
+    Args:
+        yaw_pitch: yaw and warped pitch, radians; zeros are in front.
+        pivot: scene units.
+        radius: distance to the world's origin, scene units.
+        focal: image sides. Talk3D takes 3.6, with pivot (0, 0.05, 0.2).
+
+    Reference: EG3D (arXiv 2112.07945), its sampler of camera poses.
+    """
+    yaw, pitch = yaw_pitch.unbind(-1)
+    polar = torch.acos(1 - 2 * (pitch + math.pi / 2).clamp(1e-5, math.pi - 1e-5) / math.pi)
+    centre = radius * torch.stack([polar.sin() * yaw.sin(), polar.cos(), polar.sin() * yaw.cos()], -1)
+    forward = F.normalize(centre.new_tensor(pivot) - centre, dim=-1)
+    up = centre.new_tensor([0.0, 1.0, 0.0]).expand_as(forward)
+    right = -F.normalize(torch.cross(up, forward, dim=-1), dim=-1)
+    down = F.normalize(torch.cross(forward, right, dim=-1), dim=-1)
+    top = torch.stack([right, down, forward, centre], -1)  # *b 3 4
+    bottom = centre.new_tensor([0.0, 0.0, 0.0, 1.0]).expand(*top.shape[:-2], 1, 4)
+    matrix = intrinsics_matrix(focal).to(centre).expand(*top.shape[:-2], 3, 3)
+    return Camera(cam2world=torch.cat([top, bottom], -2), intrinsics=matrix)
+
+
+def elevation(warped_pitch: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
+    """True elevation in radians, positive above the face, of the cameras that `published_camera` makes of these pitches.
+
+    The sine of the elevation is -2 / pi times the warped pitch: the pole is at pi / 2.
+    """
+    return -torch.asin((2 * warped_pitch / math.pi).clamp(-1, 1))
+
+
+def warped_pitch(elevation: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
+    """The pitch that `published_camera` needs for a true elevation in radians: the inverse of `elevation`."""
+    return -math.pi / 2 * torch.sin(elevation)
+
+
+def published_focal(field_of_view_deg: float) -> float:
+    """Focal length in image sides that the published scripts make of a field of view, odd constants included."""
+    return 1 / (1.414 * math.tan(field_of_view_deg * 3.14159 / 360))
 
 
 def orbit(num_frames: int, *, yaw_deg: float = 25.0, pitch_deg: float = 8.0, period_frames: float = 120.0) -> Camera:

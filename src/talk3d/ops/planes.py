@@ -1,5 +1,8 @@
 """Tri-plane look-up and the 3D-aware roll-out of plane features."""
 
+from collections.abc import Sequence
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -9,6 +12,16 @@ from talk3d.types import PlaneAxes
 
 _PLANE_COORDINATES: dict[PlaneAxes, tuple[tuple[int, int], ...]] = {"fixed": ((0, 1), (0, 2), (2, 1)), "released": ((0, 1), (0, 2), (2, 0))}
 """For each plane, the world axes along its columns and rows."""
+
+RollOut = Literal["consistent", "released"]
+"""Where a plane's profile is spread on another: along the axis they share in the order "fixed", or as Talk3D's released networks do it,
+which puts four of the six on the wrong axis."""
+
+_PROFILES: dict[RollOut, tuple[tuple[tuple[int, int, int], ...], ...]] = {
+    "consistent": (((1, -2, -2), (2, -1, -1)), ((0, -2, -2), (2, -2, -1)), ((0, -1, -1), (1, -1, -2))),
+    "released": (((1, -2, -1), (2, -1, -2)), ((0, -1, -2), (2, -2, -1)), ((0, -2, -1), (1, -1, -2))),
+}
+"""For each plane, what it gets of the two others: which, the axis they are averaged over, the axis along which that is constant."""
 
 
 def project_points(points: Float[Tensor, "b n 3"], axes: PlaneAxes, box_warp: float) -> Float[Tensor, "b 3 n 2"]:
@@ -28,29 +41,48 @@ def sample_planes(planes: Float[Tensor, "b 3 c h w"], coordinates: Float[Tensor,
     return found.view(batch, 3, channels, -1).mean(1).transpose(1, 2)  # b n c
 
 
-def roll_out(planes: Float[Tensor, "b 3 c h w"]) -> Float[Tensor, "b 3 d h w"]:
-    """Give every plane what the two others know along their shared axis: c becomes 3c channels.
+def roll_out(planes: Float[Tensor, "b 3 c h w"], order: RollOut = "consistent") -> Float[Tensor, "b 3 d h w"]:
+    """Give every plane what the two others know along their shared axis: c becomes 3c channels, c of each plane in their order.
 
     For planes A (row y, column x), B (row z, column x), C (row y, column z): the other planes are averaged over the axis that is not
     shared and the profile is spread over the shared one, A ← [A, B over z, C over z], B ← [A over y, B, C over y], C ← [A over x, B over x, C].
 
     Reference: Mimic3D (arXiv 2303.09036), 3D-aware convolution, with the axes of `PlaneAxes` "fixed".
     """
-    a, b, c = planes.unbind(1)
+    rolled = []
+    for target, sources in enumerate(_PROFILES[order]):
+        parts = {source: planes[:, source].mean(over).unsqueeze(along).expand_as(planes[:, 0]) for source, over, along in sources}
+        parts[target] = planes[:, target]
+        rolled.append(torch.cat([parts[source] for source in range(3)], 1))
+    return torch.stack(rolled, 1)
 
-    def along_columns(profile: Tensor) -> Tensor:
-        return profile.unsqueeze(-2).expand_as(a)
 
-    def along_rows(profile: Tensor) -> Tensor:
-        return profile.unsqueeze(-1).expand_as(a)
+def convolve_rolled_out(
+    planes: Float[Tensor, "b 3 c h w"], weights: Sequence[Float[Tensor, "o d 3 3"]], biases: Sequence[Float[Tensor, " o"]], order: RollOut
+) -> list[Float[Tensor, "b o h w"]]:
+    """Roll out and convolve each plane (3×3, zero border), without ever making the rolled-out planes.
 
-    columns = {name: plane.mean(-2) for name, plane in (("a", a), ("b", b), ("c", c))}  # mean over rows, one value a column
-    rows = {name: plane.mean(-1) for name, plane in (("a", a), ("b", b), ("c", c))}
-    return torch.stack(
-        [
-            torch.cat([a, along_columns(columns["b"]), along_rows(rows["c"])], 1),
-            torch.cat([along_columns(columns["a"]), b, along_rows(columns["c"])], 1),
-            torch.cat([along_rows(rows["a"]), along_columns(rows["b"]), c], 1),
-        ],
-        1,
-    )
+    What comes from another plane is constant along one axis, so it takes a 1-D convolution with the kernel summed over that axis; at the two
+    ends of the axis, where a tap falls outside, that tap's part is taken back.
+
+    Args:
+        planes: three planes.
+        weights: a kernel for each plane, over the 3c channels of `roll_out`.
+        biases: one for each plane.
+        order: see `roll_out`.
+    """
+    channels = planes.shape[2]
+    means = {axis: planes.mean(axis).unbind(1) for axis in (-1, -2)}
+    convolved = []
+    for target, (sources, weight, bias) in enumerate(zip(_PROFILES[order], weights, biases, strict=True)):
+        parts = weight.split(channels, 1)
+        out = F.conv2d(planes[:, target], parts[target], bias, padding=1)
+        for source, over, along in sources:
+            first, _, last = parts[source].unbind(along)
+            lines = F.conv1d(means[over][source], torch.cat([parts[source].sum(along), first, last]), padding=1)
+            everywhere, low, high = lines.chunk(3, 1)
+            out += everywhere.unsqueeze(along)
+            out.select(along, 0).sub_(low)
+            out.select(along, -1).sub_(high)
+        convolved.append(out)
+    return convolved

@@ -31,6 +31,27 @@ def camera_rays(camera: Camera, resolution: int, near: float, far: float) -> Ray
     return Rays(origins=origins, directions=directions, near=near * span, far=far * span)
 
 
+def limit_to_box(rays: Rays, box_warp: float) -> Rays:
+    """Span every ray from where it enters the cube of side `box_warp` to where it leaves it.
+
+    Rays that miss it span from the nearest entry to the farthest *entry* of those that hit (the released networks were trained so), or from
+    -1 to -2 if none hits.
+
+    Reference: EG3D (arXiv 2112.07945), its renderer's automatic limits.
+    """
+    inverse = 1 / rays.directions
+    low, high = (-box_warp / 2 - rays.origins) * inverse, (box_warp / 2 - rays.origins) * inverse
+    forward = inverse >= 0
+    enter = torch.where(forward, low, high).amax(-1, keepdim=True)
+    leave = torch.where(forward, high, low).amin(-1, keepdim=True)
+    hit = enter < leave
+    if not hit.any():
+        near, far = torch.full_like(enter, -1), torch.full_like(leave, -2)
+    else:
+        near, far = torch.where(hit, enter, enter[hit].min()), torch.where(hit, leave, enter[hit].max())
+    return Rays(origins=rays.origins, directions=rays.directions, near=near, far=far)
+
+
 def limit_to_occupied(rays: Rays, occupied: Bool[Tensor, "s s s"], box_warp: float, num_probes: int = 64) -> tuple[Rays, Bool[Tensor, "b r"]]:
     """Shrink each ray's span to where it crosses occupied cells of the cube, and say which rays cross any.
 

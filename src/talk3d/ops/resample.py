@@ -11,6 +11,12 @@ from torch import Tensor
 _TAPS = (0.125, 0.375, 0.375, 0.125)
 
 
+def fir_filter() -> Float[Tensor, "4 4"]:
+    """Return the filter: a constant, which the published networks nevertheless store beside their weights."""
+    taps = torch.tensor(_TAPS)
+    return torch.outer(taps, taps)
+
+
 def fir(x: Float[Tensor, "b c h w"], pad: tuple[int, int], gain: float = 1.0, stride: int = 1) -> Float[Tensor, "b c i j"]:
     """Zero-pad by `pad` (before, after) on both axes, then correlate every channel with gain · filter, keeping the valid part.
 
@@ -28,15 +34,13 @@ def fir(x: Float[Tensor, "b c h w"], pad: tuple[int, int], gain: float = 1.0, st
 def upsample2(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c i j"]:
     """Double the sides: zeros inserted (sample first), FIR pad (2, 1), gain 4.
 
-    Equals out[2i] = (x[i-1] + 3 x[i]) / 4 and out[2i+1] = (3 x[i] + x[i+1]) / 4 on each axis with zeros outside, which is how it is computed.
+    Equals out[2i] = (x[i-1] + 3 x[i]) / 4 and out[2i+1] = (3 x[i] + x[i+1]) / 4 on each axis with zeros outside: bilinear interpolation but for
+    the borders, where that repeats the outermost x instead.
     """
+    x = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
     for axis in (2, 3):
-        size = x.shape[axis]
-        pad = (1, 1, 0, 0) if axis == 3 else (0, 0, 1, 1)
-        padded = F.pad(x, pad)
-        before, after = padded.narrow(axis, 0, size), padded.narrow(axis, 2, size)
-        even, odd = 0.25 * before + 0.75 * x, 0.75 * x + 0.25 * after
-        x = torch.stack([even, odd], axis + 1).flatten(axis, axis + 1)
+        for end in (0, -1):
+            x.select(axis, end).mul_(0.75)
     return x
 
 

@@ -8,21 +8,27 @@ from torch import Tensor
 from talk3d.types import Rays
 
 
-def stratified_distances(rays: Rays, num_samples: int, generator: torch.Generator | None = None) -> Float[Tensor, "b r s"]:
+def stratified_distances(
+    rays: Rays, num_samples: int, generator: torch.Generator | None = None, *, disparity: bool = False
+) -> Float[Tensor, "b r s"]:
     """Left edges of equal intervals between near and far, each moved right by a random part of an interval.
 
     Args:
         rays: where to sample.
         num_samples: samples on a ray, at least 2.
         generator: randomness of the jitter; None draws none and returns the left edges.
+        disparity: intervals equal in inverse distance instead of distance.
 
     Reference: EG3D (arXiv 2112.07945), importance renderer; networks of the released models rely on these edges.
     """
-    step = (rays.far - rays.near) / (num_samples - 1)
-    edges = torch.arange(num_samples, device=step.device, dtype=step.dtype).expand(*step.shape[:-1], num_samples)
+    near, far = rays.near, rays.far
+    edges = torch.arange(num_samples, device=near.device, dtype=near.dtype).expand(*near.shape[:-1], num_samples)
     if generator is not None:
-        edges = edges + torch.rand(edges.shape, device=step.device, dtype=step.dtype, generator=generator)
-    return rays.near + edges * step
+        edges = edges + torch.rand(edges.shape, device=near.device, dtype=near.dtype, generator=generator)
+    if disparity:
+        part = edges / (num_samples - 1)
+        return 1 / ((1 - part) / near + part / far)
+    return near + edges * ((far - near) / (num_samples - 1))
 
 
 def importance_distances(
@@ -71,12 +77,12 @@ def segment_weights(density: Float[Tensor, "b r s"], distances: Float[Tensor, "b
 
 
 def composite(
-    features: Float[Tensor, "b r s c"], density: Float[Tensor, "b r s"], distances: Float[Tensor, "b r s"]
+    features: Float[Tensor, "b r s c"], density: Float[Tensor, "b r s"], distances: Float[Tensor, "b r s"], *, white_back: bool = False
 ) -> tuple[Float[Tensor, "b r c"], Float[Tensor, "b r 1"], Float[Tensor, "b r 1"]]:
-    """Integrate samples sorted by distance.
+    """Integrate samples sorted by distance; behind them everything is 0, or 1 with `white_back`.
 
     Returns:
-        Features over zero, opacity in [0, 1], and mean distance (clamped to the span of all distances, +far where nothing is hit).
+        Features, opacity in [0, 1], and mean distance (clamped to the span of all distances, +far where nothing is hit).
     """
     weights = segment_weights(density, distances)
     # the mean of neighbouring samples, folded into per-sample weights: half of either adjoining segment
@@ -85,4 +91,6 @@ def composite(
     opacity = weights.sum(-1, keepdim=True)
     depth = (per_sample * distances).sum(-1, keepdim=True) / opacity
     depth = torch.nan_to_num(depth, float("inf")).clamp(distances.min(), distances.max())
+    if white_back:
+        rendered = rendered + 1 - opacity
     return rendered, opacity, depth

@@ -6,10 +6,9 @@ Needs no network beyond those of tracking. Outlines come from the points; where 
 import numpy as np
 from jaxtyping import Float32, UInt8
 from PIL import Image, ImageDraw
-from scipy.ndimage import gaussian_filter, uniform_filter
+from scipy.ndimage import uniform_filter
 
 from talk3d.perception.landmarks import LEFT_EYE, RIGHT_EYE
-from talk3d.types.face import REGIONS
 
 FACE_OVAL = (
     *(10, 338, 297, 332, 284, 251, 389, 356, 454, 323, 361, 288, 397, 365, 379, 378, 400, 377),
@@ -20,11 +19,15 @@ OUTER_LIPS = (61, 185, 40, 39, 37, 0, 267, 269, 270, 409, 291, 375, 321, 405, 31
 """Outline of the mouth."""
 EYE_CONTOURS = ((*RIGHT_EYE[:9], *RIGHT_EYE[:8:-1]), (*LEFT_EYE[:9], *LEFT_EYE[:8:-1]))
 """Outlines of the lids: lower lid from the outer corner, back along the upper one."""
+INNER_OUTLINE = (78, 191, 80, 81, 82, 13, 312, 311, 310, 415, 308, 324, 318, 402, 317, 14, 87, 178, 88, 95)
+"""Outline of what is seen between the lips."""
 TOP, CHIN = 10, 152
+SKIN, LEFT, RIGHT, INSIDE, UPPER_LIP, LOWER_LIP, NECK, CLOTH, HAIR = 1, 4, 5, 11, 12, 13, 14, 16, 17
+"""Numbers of `parsing.REGIONS` for skin (ears, brows and nose with it), the subject's eyes, mouth, lips, neck, clothes and hair."""
 
 
-class RegionLabeller:
-    """Labels the crops of one clip in order; the colours of skin, hair and clothes are remembered, so that labels are steady."""
+class OutlineParser:
+    """Tells the parts in the crops of one clip in order; the colours of skin, hair and clothes are remembered, so that parts are steady."""
 
     def __init__(self, memory: float = 0.9) -> None:
         """Start without colours; `memory` is the share of the remembered ones kept at each frame."""
@@ -37,7 +40,7 @@ class RegionLabeller:
     def __call__(
         self, picture: UInt8[np.ndarray, "h w 3"], matte: UInt8[np.ndarray, "h w"], landmarks: Float32[np.ndarray, "n 2"]
     ) -> UInt8[np.ndarray, "h w"]:
-        """Number in `REGIONS` for each pixel.
+        """Return the number of the part that each pixel shows, as `parsing.REGIONS` has them.
 
         Args:
             picture: the crop.
@@ -46,8 +49,9 @@ class RegionLabeller:
         """
         shape = matte.shape
         oval, mouth = _polygon(landmarks, FACE_OVAL, shape), _polygon(landmarks, OUTER_LIPS, shape)
-        eyes = _polygon(landmarks, EYE_CONTOURS[0], shape) | _polygon(landmarks, EYE_CONTOURS[1], shape)
-        height = _height(landmarks, shape)
+        right, left = (_polygon(landmarks, contour, shape) for contour in EYE_CONTOURS)
+        eyes = right | left
+        height = _height(np.moveaxis(np.mgrid[: shape[0], : shape[1]][::-1] + 0.5, 0, -1), landmarks)
         person = matte > 127
         colour = np.stack([uniform_filter(picture[..., channel].astype(np.float32), 3, mode="nearest") for channel in range(3)], -1)
         self._skin = self._learn(self._skin, colour[oval & ~mouth & ~eyes & (height > 0.25) & (height < 0.8)])
@@ -56,13 +60,15 @@ class RegionLabeller:
         self._cloth = self._learn(self._cloth, colour[person & lowest & (height < -0.15)])
         skin_like = self._like_skin(colour, self._hair)
         bare = self._like_skin(colour, self._cloth) & (height > -0.6)
-        labels = np.where(height > 0.02, np.where(skin_like, 1, 2), np.where(bare, 5, 6)).astype(np.uint8)
-        labels[oval] = 1
-        labels[oval & (height > 0.85) & ~skin_like] = REGIONS.index("hair")
-        labels[eyes] = REGIONS.index("eyes")
-        labels[mouth] = REGIONS.index("mouth")
-        labels[~person] = 0
-        return labels
+        parts = np.where(height > 0.02, np.where(skin_like, SKIN, HAIR), np.where(bare, NECK, CLOTH)).astype(np.uint8)
+        parts[oval] = SKIN
+        parts[oval & (height > 0.85) & ~skin_like] = HAIR
+        parts[right], parts[left] = RIGHT, LEFT
+        inside = _polygon(landmarks, INNER_OUTLINE, shape)
+        above = height > _height(landmarks[[13, 14]], landmarks).mean()
+        parts[mouth & above], parts[mouth & ~above], parts[inside & mouth] = UPPER_LIP, LOWER_LIP, INSIDE
+        parts[~person] = 0
+        return parts
 
     def _like_skin(self, colour: np.ndarray, other: np.ndarray | None) -> np.ndarray:
         """Pixels that look more like skin than like something else; all where a colour is unknown."""
@@ -79,23 +85,6 @@ class RegionLabeller:
         return seen if known is None else self._memory * known + (1 - self._memory) * seen
 
 
-def soft_region(
-    labels: UInt8[np.ndarray, "h w"], matte: UInt8[np.ndarray, "h w"], *names: str, softness_px: float = 1.5
-) -> Float32[np.ndarray, "h w"]:
-    """Opacity of some regions together, 0 … 1; its edge is the matte's where the person ends, and blurred where another region begins.
-
-    Args:
-        labels: of one frame.
-        matte: of the person in it.
-        names: out of `REGIONS`.
-        softness_px: of the blur.
-    """
-    chosen = np.isin(labels, [REGIONS.index(name) for name in names]).astype(np.float32)
-    person = (labels > 0).astype(np.float32)
-    inside = gaussian_filter(chosen, softness_px) / np.maximum(gaussian_filter(person, softness_px), 1e-3)
-    return (np.clip(inside, 0, 1) * matte.astype(np.float32) / 255).astype(np.float32)
-
-
 def _polygon(landmarks: np.ndarray, outline: tuple[int, ...], shape: tuple[int, ...]) -> np.ndarray:
     """Pixels inside an outline of face points."""
     canvas = Image.new("1", (shape[1], shape[0]))
@@ -103,11 +92,10 @@ def _polygon(landmarks: np.ndarray, outline: tuple[int, ...], shape: tuple[int, 
     return np.asarray(canvas)
 
 
-def _height(landmarks: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Height of each pixel along the face: 0 at the chin, 1 at the top of the forehead."""
+def _height(places: np.ndarray, landmarks: np.ndarray) -> np.ndarray:
+    """Height of places along the face: 0 at the chin, 1 at the top of the forehead."""
     up = landmarks[TOP] - landmarks[CHIN]
-    rows, columns = np.mgrid[: shape[0], : shape[1]] + 0.5
-    return ((columns - landmarks[CHIN, 0]) * up[0] + (rows - landmarks[CHIN, 1]) * up[1]) / max(float(up @ up), 1e-6)
+    return (places - landmarks[CHIN]) @ up / max(float(up @ up), 1e-6)
 
 
 def _surprise(colour: np.ndarray, known: np.ndarray) -> np.ndarray:

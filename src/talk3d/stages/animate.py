@@ -15,13 +15,17 @@ from talk3d.errors import ConfigError, MediaError
 from talk3d.io.media import VideoWriter, read_audio
 from talk3d.models.avatar import Avatar
 from talk3d.ops.geometry import head_camera, orbit
-from talk3d.perception.speech import CONTEXT_S, speech_features
+from talk3d.perception.speech import SAMPLE_RATE_HZ, SpeechEncoder, load_speech_of
 from talk3d.types import Camera, Driving, Progress, Rendering, Waveform, silent
 
 CHUNK_S = 30
 """Length of sound whose features are in memory at once."""
 SOUND_HZ = 44100
 """Sample rate of the sound in written videos."""
+NEIGHBOURS = 4
+"""Frames to either side that the audio encoder listens to as well."""
+Heard = tuple[Int[Tensor, " b"], Float[Tensor, "b n f w"]]
+"""Numbers of some frames, and the speech features of their surroundings."""
 LEVELS = {"white": 1.0, "grey": 0.5, "black": 0.0}
 
 
@@ -78,14 +82,16 @@ def animate(
 
     Raises:
         MediaError: the sound is empty, not finite, or cannot be read.
-        ConfigError: the sound's rate is not 16 kHz, the avatar listens to features that this version cannot make, or `cameras` is empty.
+        ConfigError: the sound's rate is not 16 kHz, the avatar listens to features that cannot be made here, or `cameras` is empty.
+        WeightsError: the weights of the avatar's speech encoder are not there.
     """
     config = config or AnimateConfig()
     waveform = audio if isinstance(audio, Waveform) else read_audio(audio)
-    _check_sound(waveform, avatar)
+    _check_sound(waveform)
+    encoder = load_speech_of(avatar.audio_source, device)
     if cameras is not None and (cameras.cam2world.ndim != 3 or not len(cameras)):
         raise ConfigError(f"cameras has no camera per frame (cam2world {tuple(cameras.cam2world.shape)}): give (t, 4, 4), or leave it out")
-    return _frames(avatar.to(device).eval(), waveform, cameras, config, device)
+    return _frames(avatar.to(device).eval(), _speech(waveform, encoder, avatar.fps, config.batch_size), cameras, config, device)
 
 
 def write_animation(
@@ -146,9 +152,11 @@ def to_uint8(pictures: Float[Tensor, "b 3 h w"]) -> UInt8[np.ndarray, "b h w 3"]
     return (255 * pictures + 0.5).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()  # b h w 3
 
 
-def _frames(avatar: Avatar, waveform: Waveform, cameras: Camera | None, config: AnimateConfig, device: str) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
+def _frames(
+    avatar: Avatar, speech: Iterator[Heard], cameras: Camera | None, config: AnimateConfig, device: str
+) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
     stand = _Stand(avatar, cameras, config, device)
-    for frames, audio in _speech(waveform, avatar, config.batch_size):
+    for frames, audio in speech:
         with torch.no_grad():  # never held across a yield: the caller's own tensors are none of our business
             pictures = stand.render(frames, audio.to(device))
         yield from pictures
@@ -194,29 +202,23 @@ def _path(config: AnimateConfig, fps: float) -> Camera:
     return orbit(period, yaw_deg=config.orbit_yaw_deg, pitch_deg=config.orbit_pitch_deg, period_frames=period)
 
 
-def _check_sound(waveform: Waveform, avatar: Avatar) -> None:
-    """Refuse sound that cannot drive this avatar."""
+def _check_sound(waveform: Waveform) -> None:
+    """Refuse sound that cannot drive an avatar."""
     if not waveform.samples.numel():
         raise MediaError("the sound is empty: give at least a fraction of a second of it")
     if not bool(waveform.samples.isfinite().all()):
         raise MediaError("the sound holds values that are not numbers: clean it, or give the file itself")
-    first = Waveform(samples=waveform.samples[:1], sample_rate_hz=waveform.sample_rate_hz)
-    source = speech_features(first, 1, avatar.fps).source
-    if source != avatar.audio_source:
-        raise ConfigError(f"the avatar listens to {avatar.audio_source!r} features, this version makes {source!r}: train it again")
+    if waveform.sample_rate_hz != SAMPLE_RATE_HZ:
+        raise ConfigError(f"speech features need sound at {SAMPLE_RATE_HZ} Hz, got {waveform.sample_rate_hz}: read it with read_audio(path)")
 
 
-def _speech(waveform: Waveform, avatar: Avatar, batch_size: int) -> Iterator[tuple[Int[Tensor, " b"], Float[Tensor, "b n f w"]]]:
-    """Yield frame numbers and their speech features, computed piece by piece with enough sound around each piece to equal the whole's."""
-    fps, total = avatar.fps, count_frames(waveform, avatar.fps)
-    second = max(1, round(fps))
-    chunk, margin = CHUNK_S * second, (math.ceil(CONTEXT_S) + 1) * second
+def _speech(waveform: Waveform, encoder: SpeechEncoder, fps: float, batch_size: int) -> Iterator[Heard]:
+    """Yield frame numbers and their speech features, computed piece by piece."""
+    total, chunk = count_frames(waveform, fps), CHUNK_S * max(1, round(fps))
     for start in range(0, total, chunk):
         stop = min(start + chunk, total)
-        low, high = max(start - margin, 0), min(stop + margin, total)
-        begin, end = (round(frame / fps * waveform.sample_rate_hz) for frame in (low, high))
-        samples = waveform.samples[begin : end if high < total else None]
-        features = speech_features(Waveform(samples=samples, sample_rate_hz=waveform.sample_rate_hz), high - low, fps)
+        low, high = max(start - NEIGHBOURS, 0), min(stop + NEIGHBOURS, total)
+        features = encoder(waveform, total, fps, low, high)
         for first in range(start, stop, batch_size):
             frames = torch.arange(first, min(first + batch_size, stop))
             yield frames, features.around(frames - low)

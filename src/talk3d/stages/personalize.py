@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from talk3d.errors import ConfigError, TrackingError
+from talk3d.errors import ConfigError, ShapeError, TrackingError
 from talk3d.io.weights import load_prior
 from talk3d.models.avatar import PersonalizedGenerator, Prior
 from talk3d.models.generator import TriplaneGenerator
@@ -147,11 +147,15 @@ def personalize(
         checkpoint: kept here and resumed from.
 
     Raises:
+        ShapeError: the clip has another size than the prior's pictures.
         TrackingError: the clip has too few usable frames.
         WeightsError: the prior cannot be read, or the checkpoint belongs to other settings.
     """
     config = config or PersonalizeConfig()
     prior = prior or load_prior()
+    side = prior.generator.config.renderer.superresolution.output_side
+    if clip.frames.shape[1] != side:
+        raise ShapeError(f"the clip has {clip.frames.shape[1]} pixels a side, the prior paints {side}: track the video again with --size-px {side}")
     chosen = choose_frames(clip, config.num_frames)
     search = _Search(clip, prior, config, chosen, device=device, seed=seed)
     total = config.inversion_steps + config.tuning_steps
@@ -244,7 +248,8 @@ class _Search:
         z = torch.randn(1, self.generator.config.z_dim, generator=choice).to(self.device)
         amount = 0.5 * torch.rand(1, generator=choice).item()
         with torch.no_grad():
-            ws = torch.lerp(self.codes.person_rows(), self.reference.mapping(z), amount)
+            label = self.cameras[:1].to_label() if self.generator.config.c_dim else None
+            ws = torch.lerp(self.codes.person_rows(), self.reference.mapping(z, label), amount)
         angles = (torch.rand(1, 3, generator=choice) * 2 - 1) * torch.tensor([0.9, 0.3, 0.0])
         camera = head_camera(angles).to(self.device)
         now, before = (self._raw(generator, ws, camera) for generator in (self.generator, self.reference))

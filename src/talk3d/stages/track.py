@@ -3,7 +3,6 @@
 Streams through the video three times (time stamps, faces, crops), so memory does not grow with its length. Prints nothing.
 """
 
-import hashlib
 import logging
 import tempfile
 from collections import deque
@@ -11,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from talk3d.errors import ConfigError, MediaError, TrackingError
+from talk3d.io.catalogue import sha256_of
 from talk3d.io.media import VideoScan, read_audio, read_video, scan_video
 from talk3d.io.timeline import shot_starts
 from talk3d.metrics.capture import CaptureReport, FaceMeasures, capture_report
@@ -37,9 +37,9 @@ from talk3d.perception.landmarks import (
     load_face_model,
     normalize_blink,
 )
-from talk3d.perception.parsing import SelfieMatting, steady_mattes
-from talk3d.perception.regions import RegionLabeller
-from talk3d.perception.speech import SAMPLE_RATE_HZ, speech_features
+from talk3d.perception.parsing import BiSeNetParser, FaceParser, SelfieMatting, steady_mattes
+from talk3d.perception.regions import OutlineParser
+from talk3d.perception.speech import PUBLISHED_FPS, SAMPLE_RATE_HZ, SpeechKind, load_speech
 from talk3d.types import Camera, Clip, FaceMasks, FaceTrack, Progress, Waveform, silent
 
 logger = logging.getLogger(__name__)
@@ -66,6 +66,10 @@ class TrackConfig:
     """Shortest stretch with a face that makes a clip."""
     audio_offset_ms: float = 0.0
     """How late the sound of the video comes, as `talk3d check` measured it: it is moved forward by this much."""
+    parsing: Literal["outlines", "bisenet"] = "outlines"
+    """What tells the parts of the face (skin, hair, lips, eyes, clothes …) apart: face points and colours, or bisenet of `talk3d weights`, slow."""
+    speech: SpeechKind = "logmel"
+    """What the avatar will listen to: log-mel, or networks of `talk3d weights`: wav2vec2, hubert, or published windows, ctc44 and deepspeech."""
 
     def __post_init__(self) -> None:
         """Refuse numbers that cannot work."""
@@ -73,6 +77,8 @@ class TrackConfig:
             raise ConfigError(
                 f"track makes 1 to 240 frames a second of 32 to 4096 px, got {self.fps} and {self.size_px}: leave --fps and --size-px out"
             )
+        if self.speech in ("ctc44", "deepspeech") and self.fps != PUBLISHED_FPS:
+            raise ConfigError(f"--speech {self.speech} is made for 25 frames a second, got {self.fps}: leave --fps out, or take another --speech")
         if not (self.held_out_s >= 0 and self.max_gap_s >= 0 and self.min_length_s > 0):
             raise ConfigError(
                 f"track needs lengths in seconds that are not negative, got held out {self.held_out_s}, gap {self.max_gap_s}, "
@@ -129,6 +135,8 @@ def track(
             f"{video} is {scan.num_frames / config.fps:.2f} s long, at least {config.min_length_s:g} s are needed: record a longer video"
         )
     waveform = read_audio(video, SAMPLE_RATE_HZ)
+    encoder = load_speech(config.speech)
+    parser = BiSeNetParser() if config.parsing == "bisenet" else None
     model = load_face_model(face_model)
     size = (scan.width_px, scan.height_px)
     builtin = load_template(model.kind)
@@ -141,12 +149,12 @@ def track(
     review(check)
     crop = _crop_maps(motion, size, config.size_px)
     face_track = _face_track(faces, motion, crop, size, config.size_px)
-    frames, masks = _write_crops(scan, faces.start, crop, face_track.landmarks.numpy(), config.size_px, progress)
+    frames, masks = _write_crops(scan, faces.start, crop, face_track.landmarks.numpy(), config.size_px, parser, progress)
     return Clip(
         frames=frames,
         fps=config.fps,
         waveform=waveform,
-        audio=speech_features(waveform, num_frames, config.fps),
+        audio=encoder(waveform, num_frames, config.fps),
         track=face_track,
         masks=masks,
         source=str(video),
@@ -268,13 +276,13 @@ def _crop_maps(motion: HeadMotion, size: tuple[int, int], crop_px: int) -> np.nd
 
 
 def _write_crops(
-    scan: VideoScan, start: int, crop: np.ndarray, landmarks: np.ndarray, crop_px: int, progress: Progress
+    scan: VideoScan, start: int, crop: np.ndarray, landmarks: np.ndarray, crop_px: int, parser: FaceParser | None, progress: Progress
 ) -> tuple[np.ndarray, FaceMasks]:
-    """Crops, mattes and labels of all frames, in nameless files on disk that vanish with the arrays."""
-    matting, labeller = SelfieMatting(), RegionLabeller()
+    """Crops, mattes and parts of all frames, in nameless files on disk that vanish with the arrays."""
+    matting, outlines = SelfieMatting(), OutlineParser()
     shape = (len(crop), crop_px, crop_px)
     waiting: deque[np.ndarray] = deque()  # the mattes come a frame late: they are the median of three
-    with tempfile.TemporaryFile() as frames_file, tempfile.TemporaryFile() as mattes_file, tempfile.TemporaryFile() as labels_file:
+    with tempfile.TemporaryFile() as frames_file, tempfile.TemporaryFile() as mattes_file, tempfile.TemporaryFile() as parts_file:
 
         def mattes() -> Iterator[np.ndarray]:
             for index, frame in enumerate(islice(read_video(scan.path, scan=scan), start, start + len(crop))):
@@ -286,9 +294,10 @@ def _write_crops(
 
         for index, matte in enumerate(steady_mattes(mattes())):
             mattes_file.write(matte.tobytes())
-            labels_file.write(labeller(waiting.popleft(), matte, landmarks[index]).tobytes())
-        source = f"{matting.source}; {labeller.source}"
-        masks = FaceMasks(person=_mapped(mattes_file, shape), labels=_mapped(labels_file, shape), source=source)
+            picture = waiting.popleft()
+            parts_file.write((parser(picture) if parser else outlines(picture, matte, landmarks[index])).tobytes())
+        source = f"{matting.source}; {(parser or outlines).source}"
+        masks = FaceMasks(person=_mapped(mattes_file, shape), parts=_mapped(parts_file, shape), source=source)
         return _mapped(frames_file, (*shape, 3)), masks
 
 
@@ -369,9 +378,3 @@ def measures(faces: Faces, frames: np.ndarray, motion: HeadMotion, model: FaceMo
         crowd=max(faces.crowd, default=1),
         source=model.source,
     )
-
-
-def sha256_of(path: Path) -> str:
-    """Return the SHA-256 of a file in hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -66,11 +66,11 @@ class TrainConfig:
             raise ConfigError("train needs at least 1 step and 1 frame a step: give positive numbers")
 
 
-def avatar_sizes(renderer: RendererConfig) -> AvatarConfig:
-    """Sizes of the talking part that go with a person's planes: a U-Net as wide as the planes, and twice that inside."""
+def avatar_sizes(renderer: RendererConfig, audio_channels: int = ConditioningConfig.audio_channels) -> AvatarConfig:
+    """Sizes of the talking part that go with a person's planes and a clip's speech features: a U-Net as wide as the planes, and twice that inside."""
     channels = renderer.plane_channels
     head = 8 * max(1, channels // 6)
-    conditioning = ConditioningConfig()
+    conditioning = ConditioningConfig(audio_channels=audio_channels)
     deltaplane = DeltaplaneConfig(
         plane_channels=channels,
         plane_resolution=renderer.plane_resolution,
@@ -132,7 +132,7 @@ def _new_avatar(person: PersonalizedGenerator, clip: Clip, config: TrainConfig, 
         torch.manual_seed(seed)
         avatar = Avatar(
             personalized=copy.deepcopy(person),
-            config=avatar_sizes(person.renderer.renderer_config),
+            config=avatar_sizes(person.renderer.renderer_config, clip.audio.values.shape[-1]),
             performance=performance,
             background=background_plate(clip),
             audio_source=clip.audio.source,

@@ -161,6 +161,7 @@ def hearing_loss(
         frames: which frames.
         noise: added to their features.
     """
+    assert conditioner.mouth_head is not None, "this conditioner has no mouth shapes"
     weight = conditioner.mouth_head.weight
     heard = conditioner.mouth_head(conditioner.audio_token((audio.around(frames) + noise).to(weight)))
     error = (heard - shapes.values[frames].to(weight)).square()

@@ -8,9 +8,6 @@ from torch import Tensor
 
 from talk3d.types.camera import Camera
 
-REGIONS = ("background", "face", "hair", "eyes", "mouth", "neck", "torso")
-"""What the numbers in `FaceMasks.labels` mean; ears and brows belong to the face, everything between the lips to the mouth."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class FaceTrack:
@@ -47,5 +44,5 @@ class FaceMasks:
     """Soft matte of head, neck and shoulders: 0 background … 255 person."""
     source: str
     """What made it."""
-    labels: UInt8[np.ndarray, "t h w"] | None = None
-    """Number in `REGIONS` of what each pixel shows; `perception.regions.soft_region` gives soft edges."""
+    parts: UInt8[np.ndarray, "t h w"] | None = None
+    """Which part of the face each pixel shows, see `talk3d.perception.parsing.REGIONS`; None where nobody told them apart."""

@@ -1,0 +1,34 @@
+"""The benchmark runs, agrees with itself, and needs little."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+BENCHMARK = Path(__file__).resolve().parents[1] / "benchmarks" / "model.py"
+NOT_NEEDED = ("av", "ai_edge_litert", "mediapipe", "safetensors", "scipy", "torchmetrics", "tyro", "rich", "PIL")
+
+
+def test_it_measures_every_part(tmp_path: Path, capsys) -> None:
+    spec = importlib.util.spec_from_file_location("benchmark", BENCHMARK)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["benchmark"] = module
+    spec.loader.exec_module(module)
+    out = tmp_path / "result.json"
+    module.main(["--size", "TINY", "--device", "cpu", "--batches", "1", "2", "--repeats", "1", "--no-compile", "--threads", "1", "--out", str(out)])
+    result = json.loads(out.read_text())
+    assert result["hardware"] and result["torch"] and result["commit"]
+    for rows in result["seconds"].values():
+        assert list(rows) == ["mapping", "backbone", "U-Net prefix", "U-Net rest", "volume rendering", "super-resolution"]
+        assert all(row["plain_s"] > 0 for row in rows.values())
+        assert all(row.get("difference", 0) < 1e-4 for row in rows.values())
+    assert "| 2 | **frame** |" in capsys.readouterr().out
+
+
+def test_it_needs_only_the_networks() -> None:
+    without = f"import sys; sys.modules.update(dict.fromkeys({NOT_NEEDED!r})); sys.argv = ['model.py', '--help']"
+    code = f"{without}; import runpy; runpy.run_path({str(BENCHMARK)!r}, run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "--tf32" in done.stdout, done.stderr
