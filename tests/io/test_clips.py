@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from talk3d.errors import MediaError, ShapeError
-from talk3d.io.clips import load_clip, load_heads, save_clip
+from talk3d.io.clips import load_clip, load_heads, read_openface_blink, save_clip
 from talk3d.ops.geometry import head_camera
 from talk3d.types import AudioFeatures, Clip, FaceMasks, FaceTrack, Waveform
 
@@ -71,6 +71,35 @@ def test_parts_and_wide_features_come_back(tmp_path: Path):
     again = load_clip(tmp_path / "one.clip")
     assert again.masks.parts is not None and np.array_equal(again.masks.parts, parts)
     assert torch.equal(again.audio.values, wide) and again.audio.source == audio.source
+
+
+def test_what_a_track_may_lack_is_kept_where_it_is_there(tmp_path: Path):
+    clip = make_clip()
+    count = clip.num_frames
+    assert load_clip_again(clip, tmp_path / "bare").track.gaze is None
+    eyes, gaze, expression = torch.rand(count, 2), torch.rand(count, 2), torch.rand(count, 52)
+    full = replace(
+        clip,
+        track=replace(clip.track, eyes_shut=eyes, gaze=gaze, expression=expression),
+    )
+    again = load_clip_again(full, tmp_path / "full")
+    assert torch.equal(again.track.eyes_shut, eyes)
+    assert torch.equal(again.track.gaze, gaze)
+    assert torch.equal(again.track.expression, expression)
+
+
+def load_clip_again(clip: Clip, path: Path) -> Clip:
+    save_clip(clip, path)
+    return load_clip(path)
+
+
+def test_blinks_of_openface_are_cut_off_and_halved(tmp_path: Path):
+    (tmp_path / "au.csv").write_text("frame, timestamp, AU45_r, AU45_c\n1, 0.0, 0.5, 0\n2, 0.04, 3.1, 1\n3, 0.08, -0.1, 0\n")
+    assert read_openface_blink(tmp_path / "au.csv").tolist() == [[0.25], [1.0], [0.0]]
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    for name in ("other.csv", "missing.csv"):
+        with pytest.raises(MediaError, match="AU45_r"):
+            read_openface_blink(tmp_path / name)
 
 
 def test_a_clip_is_replaced_even_by_itself_and_nothing_else_is(tmp_path: Path):

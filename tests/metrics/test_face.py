@@ -121,7 +121,7 @@ class ScriptedModel:
             return None
         points = self.face.copy()
         points[list(LOWER), 1] += frame[0, 0, 0]
-        return FaceObservation(landmarks=points, score=1.0, eyes_shut=(0.0, 0.0))
+        return FaceObservation(landmarks=points, score=1.0, eyes_shut=(0.0, 0.0), expression=np.zeros(0, np.float32))
 
 
 def film(*openings: int | None) -> Film:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from talk3d.perception import landmarks as lm
+from talk3d.perception.detection import FaceBox
 
 POINTS_OF_TRUTH = {36: 33, 39: 133, 42: 362, 45: 263, 48: 61, 54: 291, 51: 0, 57: 17, 60: 78, 64: 308, 62: 13, 66: 14}
 """Numbers of the 68-point truth: numbers of MediaPipe; eye corners and lips."""
@@ -41,7 +42,7 @@ def test_mouth_opening_follows_the_truth(followed, truth):
 def test_blinks_are_found_and_none_is_invented(followed, truth):
     names = truth["expression_names"].tolist()
     expected = truth["weights"][:NUM_FRAMES, [names.index("eyeBlink_L"), names.index("eyeBlink_R")]].mean(-1)
-    ours = lm.normalize_blink(followed[1])[:, 0].numpy()
+    ours = lm.normalize_blink(followed[1]).mean(-1).numpy()
     assert ours.min() >= 0
     assert ours.max() <= 1
     assert np.corrcoef(ours, expected)[0, 1] > 0.9
@@ -62,7 +63,7 @@ def test_points_move_with_the_picture(registry_model, portrait: np.ndarray):
     assert shifted is not None
     assert mirrored is not None
     assert np.abs(shifted.landmarks - (60, 40) - first.landmarks).mean() < 1.0
-    swapped = mirrored.landmarks[lm.load_template("registry").mirror[:468].numpy()] * (-1, 1) + (portrait.shape[1], 0)
+    swapped = mirrored.landmarks[lm.load_template("registry").mirror.numpy()] * (-1, 1) + (portrait.shape[1], 0)
     assert np.abs(swapped - first.landmarks).mean() < 1.5
 
 
@@ -90,7 +91,77 @@ def test_blink_is_zero_open_one_shut_and_nothing_is_made_of_noise():
     eyes[100:104] = -0.02
     eyes[300:304] = -0.02
     blink = lm.normalize_blink(eyes)
-    assert blink[101].item() > 0.9
+    assert blink.shape == (500, 2)
+    assert blink[101].min() > 0.9
     assert blink[:90].mean() < 0.1
     quiet = lm.normalize_blink(torch.full((50, 2), 0.4))
     assert quiet.max() == 0
+
+
+def test_each_eye_has_its_own_blink():
+    eyes = torch.zeros(100, 2)
+    eyes[40:44, 0] = 1.0
+    blink = lm.normalize_blink(eyes)
+    assert blink[42].tolist() == [1.0, 0.0]
+
+
+def test_gaze_is_where_the_irises_are_against_looking_straight_ahead():
+    points = torch.zeros(2, 478, 2)
+    points[:, 33], points[:, 133], points[:, 362], points[:, 263] = (torch.tensor([x, 0.0]) for x in (0.0, 30.0, 70.0, 100.0))
+    ahead = torch.tensor([[15.0, 0.0], [85.0, 0.0]]).expand(2, 2, 2)
+    points[:, 468], points[:, 473] = ahead[0, 0], ahead[0, 1]
+    points[1, [468, 473]] += torch.tensor([3.0, -6.0])
+    assert lm.eye_gaze(points, ahead).flatten().tolist() == pytest.approx([0.0, 0.0, 0.1, 0.2], abs=1e-6)
+    assert lm.eye_gaze(points[:, :468], ahead).abs().max() == 0
+
+
+@pytest.mark.parametrize("kind", ["registry", "task"])
+def test_irises_lie_in_their_eyes(kind: str, request: pytest.FixtureRequest, portrait: np.ndarray):
+    seen = lm.observe_picture(request.getfixturevalue(f"{kind}_model"), portrait)
+    assert seen is not None
+    assert seen.landmarks.shape == (478, 2)
+    for iris, corners in zip(lm.IRISES, (lm.RIGHT_EYE_CORNERS, lm.LEFT_EYE_CORNERS), strict=True):
+        middle = seen.landmarks[list(corners)].mean(0)
+        width = np.linalg.norm(seen.landmarks[corners[0]] - seen.landmarks[corners[1]])
+        assert np.linalg.norm(seen.landmarks[iris] - middle) < 0.3 * width
+    assert len(seen.expression) == (52 if kind == "task" else 0)
+
+
+class TwoFaces:
+    """A model that sees two faces of the same size and follows the one it is shown."""
+
+    source, kind = "scripted", "task"
+
+    def __init__(self) -> None:
+        self.blind = False
+
+    def detect(self, frame: np.ndarray) -> list[FaceBox]:
+        return (
+            [] if self.blind else [FaceBox(centre_px=(x, 50.0), side_px=side, angle_rad=0.0, score=1.0) for x, side in ((150.0, 41.0), (50.0, 40.0))]
+        )
+
+    def observe(self, frame: np.ndarray, box: FaceBox) -> lm.FaceObservation | None:
+        if self.blind:
+            return None
+        middle = 150.0 if box.centre_px[0] > 100 else 50.0
+        points = np.random.default_rng(0).uniform(-13, 13, (478, 2)).astype(np.float32) + np.float32([middle, 50])
+        points[33], points[263] = (middle - 10, 45), (middle + 10, 45)
+        return lm.FaceObservation(landmarks=points, score=1.0, eyes_shut=(0.0, 0.0), expression=np.zeros(0, np.float32))
+
+
+def test_a_lost_face_is_found_again_beside_another():
+    model = TwoFaces()
+    tracker = lm.FaceTracker(model)
+    frame = np.zeros((100, 200, 3), np.uint8)
+    tracker.follow(frame)
+    tracker._box = tracker._last = FaceBox(centre_px=(50.0, 50.0), side_px=40.0, angle_rad=0.0, score=1.0)
+    model.blind = True
+    assert tracker.follow(frame) is None
+    model.blind = False
+    again = tracker.follow(frame)
+    assert again is not None
+    assert again.landmarks[:, 0].max() < 100
+    tracker.cut()
+    fresh = tracker.follow(frame)
+    assert fresh is not None
+    assert fresh.landmarks[:, 0].min() > 100

@@ -13,8 +13,10 @@ from talk3d.errors import ConfigError, MediaError, TrackingError, WeightsError
 from talk3d.io.clips import load_clip
 from talk3d.io.media import VideoWriter, read_audio, read_video
 from talk3d.ops.geometry import fit_similarity, head_camera, project, view_angles
-from talk3d.perception.headpose import load_template, solve_head_pose
+from talk3d.perception.facetemplate import load_template
+from talk3d.perception.headpose import solve_head_pose
 from talk3d.perception.landmarks import RegistryFaceModel
+from talk3d.perception.parsing import REGIONS
 from talk3d.stages import track as tracking
 from talk3d.types import Clip, Waveform
 
@@ -64,6 +66,16 @@ def test_a_clip_holds_every_frame_and_its_split(clip: Clip):
     assert clip.check["duplicates"] == clip.check["missed_frames"] == 0
     assert clip.check["landmarks"].startswith("models of mediapipe") or clip.check["landmarks"] == "face_landmarker.task"
     assert any("short" in warning for warning in clip.check["warnings"])
+
+
+def test_a_clip_says_how_it_was_smoothed_and_what_each_pixel_shows(clip: Clip):
+    assert clip.check["smoothing"]["cutoff_hz"] == pytest.approx(3.04, abs=0.03)
+    assert clip.check["smoothing"]["delay_frames"] == 0
+    assert torch.equal(clip.track.blink, clip.track.eyes_shut.mean(-1, keepdim=True))
+    assert clip.track.gaze.abs().median() < 0.2
+    assert float((clip.masks.parts == 0).mean()) == pytest.approx(float((clip.masks.person <= 127).mean()))
+    for region, least in {"face": 0.1, "hair": 0.02, "mouth": 0.005, "eyes": 0.003, "torso": 0.05}.items():
+        assert np.isin(clip.masks.parts, REGIONS[region]).mean() > least, region
 
 
 def test_cameras_have_the_priors_focal_length_and_distance_and_look_at_the_head(clip: Clip):
@@ -132,6 +144,8 @@ def test_the_same_video_twice_gives_the_same_clip_also_through_disk(film: Callab
     for other in (second, loaded):
         assert np.array_equal(first.frames, other.frames)
         assert np.array_equal(first.masks.person, other.masks.person)
+        assert np.array_equal(first.masks.parts, other.masks.parts)
+        assert torch.equal(first.track.gaze, other.track.gaze)
         assert torch.equal(first.track.cameras.to_label(), other.track.cameras.to_label())
         assert torch.equal(first.track.landmarks, other.track.landmarks)
         assert dict(first.check) == dict(other.check)

@@ -1,5 +1,6 @@
 """Clips, and data sets of heads for pretraining, on disk."""
 
+import csv
 import json
 import mmap
 import os
@@ -12,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Int, UInt8
+from jaxtyping import Float, Int, UInt8
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -23,6 +24,9 @@ from talk3d.types import AudioFeatures, Camera, Clip, FaceMasks, FaceTrack, Wave
 
 FORMAT = 1
 """Raised when a reader of the older format could not read the newer one."""
+
+MAYBE = ("eyes_shut", "gaze", "expression")
+"""What a track may lack."""
 
 
 def save_clip(clip: Clip, path: Path) -> None:
@@ -77,6 +81,22 @@ def load_clip(path: str | Path) -> Clip:
         raise MediaError(f"the clip {path} is damaged ({error}): track the video again") from error
 
 
+def read_openface_blink(path: Path) -> Float[Tensor, "t 1"]:
+    """How far the eyes are shut by an OpenFace table (au.csv): AU45_r, cut off at 2 and halved, 0 open … 1 shut; one row per frame of the video.
+
+    Raises:
+        MediaError: no such table.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file, skipinitialspace=True))
+        return torch.tensor([[min(max(float(row["AU45_r"]), 0.0), 2.0) / 2] for row in rows]).reshape(-1, 1)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise MediaError(
+            f"{path} is no table of OpenFace with a column AU45_r ({error}): give the au.csv that its FeatureExtraction wrote"
+        ) from error
+
+
 def _write_array(path: Path, array: np.ndarray, chunk: int = 128) -> None:
     """Write a .npy file piece by piece, so that an array that is mapped from disk is never all in memory."""
     mapped: Any = array
@@ -105,6 +125,7 @@ def _tensors(clip: Clip) -> dict[str, torch.Tensor]:
         "crop": torch.from_numpy(np.array(track.crop)),
         "audio": clip.audio.values,
         "waveform": clip.waveform.samples,
+        **{name: value for name in MAYBE if (value := getattr(track, name)) is not None},
     }
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
@@ -132,6 +153,7 @@ def _assemble(facts: dict[str, Any], tensors: dict[str, torch.Tensor], frames: n
         cameras=Camera(cam2world=tensors["cam2world"], intrinsics=tensors["intrinsics"]),
         crop=tensors["crop"].numpy(),
         **{name: tensors[name] for name in ("head_pose", "landmarks", "anchors", "blink", "confidence")},
+        **{name: tensors[name] for name in MAYBE if name in tensors},
     )
     return Clip(
         frames=frames,

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from talk3d.io.face_models import find_task, read_task, registry_model
 from talk3d.perception.detection import FaceBox, FaceDetector, Network, from_square, sample_square, square_round, unit_range
-from talk3d.perception.headpose import ModelKind, load_template
+from talk3d.perception.facetemplate import ModelKind, load_template
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +34,8 @@ EYELID_PAIRS = (((160, 144), (159, 145), (158, 153)), ((387, 373), (386, 374), (
 """Upper and lower lid points of the right and the left eye."""
 INNER_LIPS = ((82, 87), (13, 14), (312, 317))
 """Upper and lower inner lip points."""
+IRISES = (468, 473)
+"""Middle of the right and the left iris."""
 EYE_BLINKS = (9, 10)
 """Blendshapes eyeBlinkLeft and eyeBlinkRight."""
 LOOK_SCALES = (1.0, 0.85)
@@ -53,11 +55,13 @@ class FaceObservation:
     """One face in one picture."""
 
     landmarks: Float32[np.ndarray, "n 2"]
-    """Pixels of the picture, pixel centres at half-integers."""
+    """478 points in pixels of the picture, pixel centres at half-integers; the last ten are the irises."""
     score: float
     """0 … 1, how sure the network is that this is a face."""
     eyes_shut: tuple[float, float]
     """Left and right eye, larger is further shut; the scale depends on the model."""
+    expression: Float32[np.ndarray, " e"]
+    """ARKit's 52 blendshapes in MediaPipe's order, or none."""
 
 
 @runtime_checkable
@@ -105,11 +109,12 @@ class TaskFaceModel:
         if score < 0.5:
             return None
         weights = self._blendshapes(landmarks[list(BLENDSHAPE_POINTS)])[0]
-        return FaceObservation(landmarks=landmarks, score=score, eyes_shut=(float(weights[EYE_BLINKS[0]]), float(weights[EYE_BLINKS[1]])))
+        eyes_shut = (float(weights[EYE_BLINKS[0]]), float(weights[EYE_BLINKS[1]]))
+        return FaceObservation(landmarks=landmarks, score=score, eyes_shut=eyes_shut, expression=np.ravel(weights).astype(np.float32))
 
 
 class RegistryFaceModel:
-    """The models of the MediaPipe wheel: 468 points, with the eyes measured again by the iris model's contour."""
+    """The models of the MediaPipe wheel: 468 points, with eyes and irises measured by the iris model."""
 
     def __init__(self, folder: Path | None = None) -> None:
         """Read the networks from the cache folder; fetch them from the package registry if they are not there.
@@ -122,28 +127,30 @@ class RegistryFaceModel:
         self._detector = FaceDetector(Network(registry_model("face_detection_short_range.tflite", folder)))
         self._points = Network(registry_model("face_landmark.tflite", folder))
         self._mirror = load_template(self.kind).mirror.numpy()
-        self._eye = Network(registry_model("iris_landmark.tflite", folder))
+        self._eye_network = Network(registry_model("iris_landmark.tflite", folder))
 
     def detect(self, frame: UInt8[np.ndarray, "h w 3"]) -> list[FaceBox]:
         """Faces in a picture, the largest first."""
         return self._detector(frame)
 
     def observe(self, frame: UInt8[np.ndarray, "h w 3"], box: FaceBox) -> FaceObservation | None:
-        """468 points of the face in `box`, or None if there is none."""
+        """478 points of the face in `box`, or None if there is none."""
         landmarks, score = _run_points(self._points, frame, box, self._mirror)
         if score < 0.5:
             return None
-        for contour, corners, mirrored in ((RIGHT_EYE, RIGHT_EYE_CORNERS, False), (LEFT_EYE, LEFT_EYE_CORNERS, True)):
-            landmarks[list(contour)] = self._eye_contour(frame, landmarks[list(corners)], mirrored)
+        eyes = [self._eye(frame, landmarks[list(corners)], mirrored) for corners, mirrored in ((RIGHT_EYE_CORNERS, False), (LEFT_EYE_CORNERS, True))]
+        landmarks[[*RIGHT_EYE, *LEFT_EYE]] = np.concatenate([eye[:16] for eye in eyes])
+        landmarks = np.concatenate([landmarks, *(eye[16:] for eye in eyes)])
         right, left = eye_openings(landmarks)
-        return FaceObservation(landmarks=landmarks, score=score, eyes_shut=(-left, -right))
+        return FaceObservation(landmarks=landmarks, score=score, eyes_shut=(-left, -right), expression=np.zeros(0, np.float32))
 
-    def _eye_contour(self, frame: np.ndarray, corners: np.ndarray, mirrored: bool) -> np.ndarray:
-        """The 16 contour points of one eye; the network knows the subject's right eye, so a left one is shown mirrored."""
+    def _eye(self, frame: np.ndarray, corners: np.ndarray, mirrored: bool) -> np.ndarray:
+        """Contour (16 points) and iris (5) of one eye; the network knows the subject's right eye, so a left one is shown mirrored."""
         left, right = (corners[1], corners[0]) if mirrored else (corners[0], corners[1])
         box = square_round(corners, angle_rad=math.atan2(*(right - left)[::-1]), scale=2.3)
-        patch = sample_square(frame, box, self._eye.side_px)
-        points = self._eye(unit_range(patch[:, ::-1] if mirrored else patch))[0].reshape(-1, 3)[:16, :2] / self._eye.side_px
+        patch = sample_square(frame, box, self._eye_network.side_px)
+        contour, iris = sorted(self._eye_network(unit_range(patch[:, ::-1] if mirrored else patch)), key=lambda output: -output.size)
+        points = np.concatenate([contour.reshape(-1, 3)[:16, :2], iris.reshape(-1, 3)[:, :2]]) / self._eye_network.side_px
         if mirrored:
             points[:, 0] = 1 - points[:, 0]
         return from_square(points, box)
@@ -185,11 +192,12 @@ class FaceTracker:
         """For each look at the whole picture with a face followed: how many faces at least half as wide were there."""
         self._survey_every = survey_every
         self._box: FaceBox | None = None
+        self._last: FaceBox | None = None
         self._count = 0
 
     def cut(self) -> None:
         """Forget the last frame: a new shot begins."""
-        self._box = None
+        self._box = self._last = None
 
     def follow(self, frame: UInt8[np.ndarray, "h w 3"]) -> FaceObservation | None:
         """The followed face in the next frame, or the largest one if none was followed; None if there is no face."""
@@ -197,11 +205,23 @@ class FaceTracker:
         self._count += 1
         found = self.model.detect(frame) if survey else []
         seen = self.model.observe(frame, self._box) if self._box else None
-        seen = seen or observe_picture(self.model, frame)
+        if seen is None:
+            first = self._choose(found or self.model.detect(frame))
+            rough = self.model.observe(frame, first) if first else None
+            seen = self.model.observe(frame, box_of(rough.landmarks)) if rough else None
         self._box = box_of(seen.landmarks) if seen else None
+        self._last = self._box or self._last
         if survey and found:
             self.crowd.append(sum(box.side_px > 0.5 * found[0].side_px for box in found))
         return seen
+
+    def _choose(self, found: list[FaceBox]) -> FaceBox | None:
+        """The face that was followed before it was lost, by place and size; the largest one in a new shot."""
+        last = self._last
+        if last is None or not found:
+            return found[0] if found else None
+        large = [box for box in found if box.side_px > 0.5 * found[0].side_px]
+        return min(large, key=lambda box: math.dist(box.centre_px, last.centre_px) + abs(box.side_px - last.side_px))
 
 
 def box_of(landmarks: Float[np.ndarray, "n 2"]) -> FaceBox:
@@ -227,16 +247,34 @@ def eye_openings(landmarks: Float[np.ndarray, "n 2"]) -> tuple[float, float]:
     return openings[0], openings[1]
 
 
-def normalize_blink(eyes_shut: Float[Tensor, "t 2"]) -> Float[Tensor, "t 1"]:
-    """Mean of both eyes, stretched for this person to 0 open … 1 shut.
+def normalize_blink(eyes_shut: Float[Tensor, "t 2"]) -> Float[Tensor, "t 2"]:
+    """Each eye stretched for this person to 0 open … 1 shut.
 
-    Open is where the eyes are most of the time (the median of all frames), shut the most that was seen; a clip without a blink stays near 0.
+    Open is where the eye is most of the time, shut the most that was seen; a clip without a blink stays near 0.
     """
-    both = eyes_shut.mean(-1)
-    open_level = both.quantile(0.3)
-    spread = (both.quantile(0.7) - both.quantile(0.1)).clamp_min(1e-3)
-    shut_level = torch.maximum(both.quantile(0.995), open_level + 3 * spread)
-    return ((both - open_level) / (shut_level - open_level)).clamp(0, 1)[:, None]
+    open_level = eyes_shut.quantile(0.3, dim=0)
+    spread = (eyes_shut.quantile(0.7, dim=0) - eyes_shut.quantile(0.1, dim=0)).clamp_min(1e-3)
+    shut_level = torch.maximum(eyes_shut.quantile(0.995, dim=0), open_level + 3 * spread)
+    return ((eyes_shut - open_level) / (shut_level - open_level)).clamp(0, 1)
+
+
+def eye_gaze(landmarks: Float[Tensor, "t n 2"], ahead: Float[Tensor, "t 2 2"]) -> Float[Tensor, "t 2"]:
+    """How far the irises are from where they were if the eyes looked straight ahead, in eye widths, mean of both: to the subject's left, and up.
+
+    Zero where no irises were found (468 points).
+
+    Args:
+        landmarks: px of the picture.
+        ahead: where the right and the left iris would be in it.
+    """
+    if landmarks.shape[1] < 478:
+        return torch.zeros(len(landmarks), 2)
+    level = landmarks[:, LEFT_EYE_CORNERS[0]] - landmarks[:, RIGHT_EYE_CORNERS[0]]
+    right = torch.nn.functional.normalize(level, dim=-1)[:, None]
+    up = torch.stack([right[..., 1], -right[..., 0]], -1)
+    ends = torch.stack([landmarks[:, list(corners)] for corners in (RIGHT_EYE_CORNERS, LEFT_EYE_CORNERS)], 1)
+    offset = (landmarks[:, list(IRISES)] - ahead) / (ends[:, :, 0] - ends[:, :, 1]).norm(dim=-1, keepdim=True).clamp_min(1e-6)
+    return torch.stack([(offset * right).sum(-1), (offset * up).sum(-1)], -1).mean(1)
 
 
 def _run_points(network: Network, frame: np.ndarray, box: FaceBox, mirror: np.ndarray) -> tuple[np.ndarray, float]:

@@ -5,6 +5,7 @@ Streams through the video three times (time stamps, faces, crops), so memory doe
 
 import logging
 import tempfile
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -23,9 +24,21 @@ from talk3d.io.media import VideoScan, read_audio, read_video, scan_video
 from talk3d.io.timeline import shot_starts
 from talk3d.metrics.capture import CaptureReport, FaceMeasures, capture_report
 from talk3d.ops.geometry import CAMERA_FOCAL, HEAD_PIVOT, view_angles
-from talk3d.perception.headpose import HeadMotion, load_template, solve_head_pose
-from talk3d.perception.landmarks import FaceModel, FaceTracker, load_face_model, normalize_blink
+from talk3d.perception.alignment import FaceViews, refine_motion
+from talk3d.perception.facetemplate import FaceTemplate, load_template
+from talk3d.perception.headpose import HeadMotion, solve_head_pose
+from talk3d.perception.landmarks import (
+    EYELID_PAIRS,
+    LEFT_EYE_CORNERS,
+    RIGHT_EYE_CORNERS,
+    FaceModel,
+    FaceTracker,
+    eye_gaze,
+    load_face_model,
+    normalize_blink,
+)
 from talk3d.perception.parsing import BiSeNetParser, FaceParser, SelfieMatting, steady_mattes
+from talk3d.perception.regions import OutlineParser
 from talk3d.perception.speech import PUBLISHED_FPS, SAMPLE_RATE_HZ, SpeechKind, load_speech
 from talk3d.types import Camera, Clip, FaceMasks, FaceTrack, Progress, Waveform, silent
 
@@ -53,8 +66,8 @@ class TrackConfig:
     """Shortest stretch with a face that makes a clip."""
     audio_offset_ms: float = 0.0
     """How late the sound of the video comes, as `talk3d check` measured it: it is moved forward by this much."""
-    parsing: Literal["none", "bisenet"] = "none"
-    """Whether the parts of the face (skin, hair, lips, eyes, clothes …) are told apart too; bisenet comes from `talk3d weights` and is slow."""
+    parsing: Literal["outlines", "bisenet"] = "outlines"
+    """What tells the parts of the face (skin, hair, lips, eyes, clothes …) apart: face points and colours, or bisenet of `talk3d weights`, slow."""
     speech: SpeechKind = "logmel"
     """What the avatar will listen to: log-mel, or networks of `talk3d weights`: wav2vec2, hubert, or published windows, ctc44 and deepspeech."""
 
@@ -83,6 +96,7 @@ class Faces:
     landmarks: Float[Tensor, "t n 2"]
     """Source px."""
     eyes_shut: Float[Tensor, "t 2"]
+    expression: Float[Tensor, "t e"]
     score: Float[Tensor, " t"]
     seen: Bool[Tensor, " t"]
     crowd: list[int]
@@ -124,32 +138,47 @@ def track(
     encoder = load_speech(config.speech)
     parser = BiSeNetParser() if config.parsing == "bisenet" else None
     model = load_face_model(face_model)
-    faces = find_faces(scan, model, config, progress)
-    num_frames = len(faces.landmarks)
-    cuts = _cuts_inside(scan, faces)
     size = (scan.width_px, scan.height_px)
     builtin = load_template(model.kind)
     head = builtin if template is None else replace(builtin, points=template.float().cpu())
-    motion = solve_head_pose(faces.landmarks, head, size, faces.seen, cuts)
+    faces, cuts, motion = _find_motion(scan, model, head, config, progress)
+    num_frames = len(faces.landmarks)
     waveform = cut_sound(waveform, faces.start / config.fps + config.audio_offset_ms / 1000, num_frames / config.fps)
     face = measures(faces, np.arange(num_frames), motion, model)
     check = capture_report(scan, face, waveform, cuts=cuts, start=faces.start, num_frames=num_frames, applied_ms=config.audio_offset_ms)
     review(check)
     crop = _crop_maps(motion, size, config.size_px)
-    matting = SelfieMatting()
-    frames, mattes = _write_crops(scan, faces.start, crop, config.size_px, matting, progress)
+    face_track = _face_track(faces, motion, crop, size, config.size_px)
+    frames, masks = _write_crops(scan, faces.start, crop, face_track.landmarks.numpy(), config.size_px, parser, progress)
     return Clip(
         frames=frames,
         fps=config.fps,
         waveform=waveform,
         audio=encoder(waveform, num_frames, config.fps),
-        track=_face_track(faces, motion, crop, size, config.size_px),
-        masks=FaceMasks(person=mattes, source=matting.source, parts=_parse(frames, parser, progress)),
+        track=face_track,
+        masks=masks,
         source=str(video),
         source_sha256=sha256_of(Path(video)),
         num_training_frames=num_frames - min(round(config.held_out_s * config.fps), num_frames // 5),
-        check=check,
+        check={**check, "smoothing": dict(motion.smoothing)},
     )
+
+
+def _find_motion(
+    scan: VideoScan, model: FaceModel, head: FaceTemplate, config: TrackConfig, progress: Progress
+) -> tuple[Faces, tuple[int, ...], HeadMotion]:
+    """The faces, the shot changes among them and the head's motion, refined by small pictures that are kept on disk meanwhile."""
+    size = (scan.width_px, scan.height_px)
+    with tempfile.TemporaryFile() as file:
+        views = FaceViews(file)
+        faces = find_faces(scan, model, config, progress, views)
+        cuts = _cuts_inside(scan, faces)
+        pictures = faces.start + torch.nonzero(faces.seen)[:, 0]
+
+        def refine(motion: HeadMotion) -> HeadMotion:
+            return refine_motion(motion, views, pictures, size)
+
+        return faces, cuts, solve_head_pose(faces.landmarks, head, size, faces.seen, cuts, config.fps, refine)
 
 
 def _cuts_inside(scan: VideoScan, faces: Faces) -> tuple[int, ...]:
@@ -159,7 +188,7 @@ def _cuts_inside(scan: VideoScan, faces: Faces) -> tuple[int, ...]:
     return tuple(cut - faces.start for cut in starts if 0 < cut - faces.start < len(faces.landmarks))
 
 
-def find_faces(scan: VideoScan, model: FaceModel, config: TrackConfig, progress: Progress) -> Faces:
+def find_faces(scan: VideoScan, model: FaceModel, config: TrackConfig, progress: Progress, views: FaceViews | None = None) -> Faces:
     """Follow the face through all frames and keep the longest stretch without long gaps.
 
     Args:
@@ -167,6 +196,7 @@ def find_faces(scan: VideoScan, model: FaceModel, config: TrackConfig, progress:
         model: what finds the face.
         config: how long a gap may be, and how short the stretch.
         progress: hears of every frame.
+        views: keeps small pictures of the face.
 
     Raises:
         TrackingError: no face, several faces, or too short a stretch with one.
@@ -175,6 +205,7 @@ def find_faces(scan: VideoScan, model: FaceModel, config: TrackConfig, progress:
     cuts = set(scan.cuts)
     landmarks = np.zeros((scan.num_frames, MOST_POINTS, 2), np.float32)  # one block: many small arrays would scatter over the memory
     eyes, scores = np.zeros((scan.num_frames, 2), np.float32), np.zeros(scan.num_frames, np.float32)
+    expressions: list[np.ndarray] = []
     known: list[int] = []
     num_points = MOST_POINTS
     for index, frame in enumerate(read_video(scan.path, scan=scan)):
@@ -185,6 +216,9 @@ def find_faces(scan: VideoScan, model: FaceModel, config: TrackConfig, progress:
             num_points = len(seen.landmarks)
             landmarks[index, :num_points], eyes[index], scores[index] = seen.landmarks, seen.eyes_shut, seen.score
             known.append(index)
+            expressions.append(seen.expression)
+            if views is not None:
+                views.put(index, frame, seen.landmarks)
         progress("faces", index + 1, scan.num_frames, {"missed": index + 1 - len(known)})
     _refuse_crowds(scan, tracker.crowd)
     start, end = _longest_stretch(known, round(config.max_gap_s * config.fps))
@@ -197,6 +231,7 @@ def find_faces(scan: VideoScan, model: FaceModel, config: TrackConfig, progress:
         start=start,
         landmarks=_interpolate(wanted, inside, landmarks[inside, :num_points]),
         eyes_shut=_interpolate(wanted, inside, eyes[inside]),
+        expression=_interpolate(wanted, inside, np.stack(expressions)[np.isin(known, inside)]),
         score=torch.from_numpy(scores[start:end]),
         seen=torch.from_numpy(np.isin(wanted, inside)),
         crowd=tracker.crowd,
@@ -222,8 +257,8 @@ def _longest_stretch(seen: list[int], max_gap: int) -> tuple[int, int]:
 
 def _interpolate(wanted: np.ndarray, known: np.ndarray, values: np.ndarray) -> Tensor:
     """Values at all wanted frames, linear between known ones."""
-    if len(wanted) == len(known):
-        return torch.from_numpy(values).float()
+    if len(wanted) == len(known) or not values.size:
+        return torch.from_numpy(np.resize(values, (len(wanted), *values.shape[1:]))).float()
     flat = values.reshape(len(values), -1)
     columns = [np.interp(wanted, known, column) for column in flat.T]
     return torch.from_numpy(np.stack(columns, -1).reshape(len(wanted), *values.shape[1:])).float()
@@ -241,33 +276,29 @@ def _crop_maps(motion: HeadMotion, size: tuple[int, int], crop_px: int) -> np.nd
 
 
 def _write_crops(
-    scan: VideoScan, start: int, crop: np.ndarray, crop_px: int, matting: SelfieMatting, progress: Progress
-) -> tuple[np.ndarray, np.ndarray]:
-    """Crops and mattes of all frames, in nameless files on disk that vanish with the arrays."""
-    with tempfile.TemporaryFile() as frames_file, tempfile.TemporaryFile() as mattes_file:
+    scan: VideoScan, start: int, crop: np.ndarray, landmarks: np.ndarray, crop_px: int, parser: FaceParser | None, progress: Progress
+) -> tuple[np.ndarray, FaceMasks]:
+    """Crops, mattes and parts of all frames, in nameless files on disk that vanish with the arrays."""
+    matting, outlines = SelfieMatting(), OutlineParser()
+    shape = (len(crop), crop_px, crop_px)
+    waiting: deque[np.ndarray] = deque()  # the mattes come a frame late: they are the median of three
+    with tempfile.TemporaryFile() as frames_file, tempfile.TemporaryFile() as mattes_file, tempfile.TemporaryFile() as parts_file:
 
         def mattes() -> Iterator[np.ndarray]:
             for index, frame in enumerate(islice(read_video(scan.path, scan=scan), start, start + len(crop))):
                 picture = crop_picture(frame, crop[index], crop_px)
                 frames_file.write(picture.tobytes())
+                waiting.append(picture)
                 progress("crops", index + 1, len(crop), {})
                 yield matting(picture)
 
-        for matte in steady_mattes(mattes()):
+        for index, matte in enumerate(steady_mattes(mattes())):
             mattes_file.write(matte.tobytes())
-        shape = (len(crop), crop_px, crop_px)
-        return _mapped(frames_file, (*shape, 3)), _mapped(mattes_file, shape)
-
-
-def _parse(frames: np.ndarray, parser: FaceParser | None, progress: Progress) -> np.ndarray | None:
-    """The parts of the face in all crops, in a nameless file like the crops."""
-    if parser is None:
-        return None
-    with tempfile.TemporaryFile() as file:
-        for index, frame in enumerate(frames):
-            file.write(parser(np.asarray(frame)).tobytes())
-            progress("parts", index + 1, len(frames), {})
-        return _mapped(file, frames.shape[:3])
+            picture = waiting.popleft()
+            parts_file.write((parser(picture) if parser else outlines(picture, matte, landmarks[index])).tobytes())
+        source = f"{matting.source}; {(parser or outlines).source}"
+        masks = FaceMasks(person=_mapped(mattes_file, shape), parts=_mapped(parts_file, shape), source=source)
+        return _mapped(frames_file, (*shape, 3)), masks
 
 
 def _mapped(file: Any, shape: tuple[int, ...]) -> np.ndarray:
@@ -300,12 +331,19 @@ def _face_track(faces: Faces, motion: HeadMotion, crop: np.ndarray, size: tuple[
     intrinsics[:, :2, 2] = (maps[:, :, :2] @ middle + maps[:, :, 2]) / crop_px
     intrinsics[:, 2, 2] = 1
     anchors = motion.project(motion.points(ANCHOR_POINTS), (size[0] / 2, size[1] / 2)) / middle - 1
+    corners = motion.face[torch.tensor([RIGHT_EYE_CORNERS, LEFT_EYE_CORNERS])].mean(1)
+    lids = motion.face[torch.tensor(EYELID_PAIRS)].mean((1, 2))
+    irises = torch.cat([corners[:, :2], lids[:, 2:]], -1)  # straight ahead, they lie between the corners, as far out as the lids
+    eyes_shut = normalize_blink(faces.eyes_shut)
     return FaceTrack(
         cameras=Camera(cam2world=cam2world.float(), intrinsics=intrinsics.float()),
         head_pose=view_angles(cam2world[:, :3, :3]).float(),
         landmarks=(faces.landmarks.double() @ maps[:, :, :2].mT + maps[:, None, :, 2]).float(),
         anchors=anchors.flatten(1).float(),
-        blink=normalize_blink(faces.eyes_shut),
+        blink=eyes_shut.mean(-1, keepdim=True),
+        eyes_shut=eyes_shut,
+        gaze=eye_gaze(faces.landmarks, motion.project(irises, (size[0] / 2, size[1] / 2)).float()),
+        expression=faces.expression,
         confidence=(faces.score * faces.seen)[:, None].float(),
         crop=crop,
     )
@@ -334,7 +372,7 @@ def measures(faces: Faces, frames: np.ndarray, motion: HeadMotion, model: FaceMo
         landmarks=faces.landmarks,
         seen=torch.nonzero(faces.seen)[:, 0].numpy(),
         head_pose=view_angles(motion.cam2world()[:, :3, :3]).float(),
-        blink=normalize_blink(faces.eyes_shut),
+        blink=normalize_blink(faces.eyes_shut).mean(-1, keepdim=True),
         crop_side_px=motion.focal_px / CAMERA_FOCAL,
         residual_px=float(motion.residual_px.nanmedian()),
         crowd=max(faces.crowd, default=1),

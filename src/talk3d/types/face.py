@@ -23,11 +23,17 @@ class FaceTrack:
     """Nose bridge, left and right outer eye corner as x, y in [-1, 1] of the source frame;
     projected from the rigid pose, so speech cannot move them."""
     blink: Float[Tensor, "t 1"]
-    """0 open … 1 shut."""
+    """0 open … 1 shut, mean of both eyes."""
     confidence: Float[Tensor, "t 1"]
     """0 … 1; 0 where the face was not seen and the values are interpolated."""
     crop: Float64[np.ndarray, "t 2 3"]
     """Affine map from source pixels to crop pixels, pixel centres at half-integers."""
+    eyes_shut: Float[Tensor, "t 2"] | None = None
+    """The left and the right eye of the subject apart, 0 open … 1 shut."""
+    gaze: Float[Tensor, "t 2"] | None = None
+    """How far the irises are from the middle of their eyes, in eye widths: to the subject's left, and up."""
+    expression: Float[Tensor, "t e"] | None = None
+    """ARKit's 52 blendshapes in MediaPipe's order, 0 … 1; e is 0 where the face model does not give them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,4 +45,4 @@ class FaceMasks:
     source: str
     """What made it."""
     parts: UInt8[np.ndarray, "t h w"] | None = None
-    """Which part of the face each pixel shows, see `talk3d.perception.parsing.REGIONS`; None where the clip was not parsed."""
+    """Which part of the face each pixel shows, see `talk3d.perception.parsing.REGIONS`; None where nobody told them apart."""

@@ -1,0 +1,217 @@
+"""The head's motion refined by the picture itself: the rigid parts of the face must look the same in every frame.
+
+Face networks follow a nodding head only in part, and differently for each person; skin does not. Every frame is laid on one surface, the face of
+the person's points, and its pose corrected until the skin agrees with the mean of many frames (Gauss-Newton on six numbers, robust).
+
+Reference: Baker and Matthews, Lucas-Kanade 20 years on, IJCV 2004.
+"""
+
+import math
+from dataclasses import replace
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int, UInt8
+from PIL import Image
+from scipy.interpolate import LinearNDInterpolator
+from scipy.ndimage import uniform_filter
+from torch import Tensor
+
+from talk3d.ops.geometry import rotation_from_vector, vector_from_rotation
+from talk3d.perception.facetemplate import huber_weight
+from talk3d.perception.headpose import HeadMotion
+
+SIDE_PX = 160
+"""Side of the pictures of the face that are compared."""
+SPACING = 0.004
+"""Of the grid of surface points that are compared, scene units: a little less than a pixel of those pictures."""
+RELIEF = 0.93
+"""Depth of the surface against that of the face points to start from: light stays while heads turn, which makes turns look smaller."""
+LIVELY_RAD = math.radians(2)
+"""Turns much smaller than this say nothing of the surface's depth."""
+FIXED_PARTS = (
+    (151, 108, 69, 104, 68, 71, 139, 34, 227, 116, 117, 118, 101, 36, 129, 102, 64, 98, 97, 2),
+    (151, 337, 299, 333, 298, 301, 368, 264, 447, 345, 346, 347, 330, 266, 358, 331, 294, 327, 326, 2),
+)
+"""Outlines of the right and the left half of what neither jaw nor lips move: forehead, temples, upper cheeks, nose."""
+MOVING_PARTS = (
+    (70, 63, 105, 66, 107, 55, 193, 245, 233, 232, 231, 230, 229, 228, 31, 226, 35, 124, 46),
+    (300, 293, 334, 296, 336, 285, 417, 465, 453, 452, 451, 450, 449, 448, 261, 446, 265, 353, 276),
+)
+"""Outlines of brow, lids and eye on either side, which are left out."""
+
+
+NOISE = 0.35
+"""Least difference between skins, in units of their local contrast, that is no news."""
+INDEPENDENT = 0.1
+"""Share of the compared points that err independently."""
+TRUST = (0.05, 0.05, 0.05, 0.02, 0.02, 0.06)
+"""How far the pose of the face points may be off: turns in radians, shifts in scene units."""
+NUM_REFERENCE = 64
+"""Frames, spread over the clip, whose mean all are compared with."""
+
+
+class FaceViews:
+    """Small grey pictures of the face, one per frame, in a nameless file on disk, and where they lie in the source pictures."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        """Start empty; `file` is written and read, and closed by its owner."""
+        self._file = file
+        self._squares: dict[int, tuple[float, float, float]] = {}
+
+    def put(self, index: int, frame: UInt8[np.ndarray, "h w 3"], landmarks: Float[np.ndarray, "n 2"]) -> None:
+        """Keep the face of a frame."""
+        low, high = landmarks.min(0), landmarks.max(0)
+        side = float(1.2 * (high - low).max())
+        left, top = (float(value) - side / 2 for value in (low + high) / 2)
+        self._squares[index] = (left, top, side)
+        margin = max(1, math.ceil(2 * side / SIDE_PX))
+        corner = (max(math.floor(left) - margin, 0), max(math.floor(top) - margin, 0))
+        part = Image.fromarray(frame[corner[1] : math.ceil(top + side) + margin, corner[0] : math.ceil(left + side) + margin]).convert("L")
+        scale = side / SIDE_PX
+        shrunk = part.reduce(int(scale)) if scale >= 2 else part
+        factor = int(scale) if scale >= 2 else 1
+        affine = (scale / factor, 0, (left - corner[0]) / factor, 0, scale / factor, (top - corner[1]) / factor)
+        view = shrunk.transform((SIDE_PX, SIDE_PX), Image.Transform.AFFINE, affine, Image.Resampling.BILINEAR)
+        self._file.seek(index * SIDE_PX**2)
+        self._file.write(view.tobytes())
+
+    def read(self, indices: Int[Tensor, " b"]) -> tuple[Float[Tensor, "b 3 s s"], Float[Tensor, "b 3"]]:
+        """Pictures of local contrast with their slopes to the right and down, and the left, top and side of the squares they show, px."""
+        pictures = []
+        for index in indices.tolist():
+            self._file.seek(index * SIDE_PX**2)
+            grey = np.frombuffer(self._file.read(SIDE_PX**2), np.uint8).reshape(SIDE_PX, SIDE_PX).astype(np.float32)
+            window = SIDE_PX // 14
+            mean = uniform_filter(grey, window, mode="nearest")
+            spread = uniform_filter(grey * grey, window, mode="nearest") - mean * mean
+            pictures.append((grey - mean) / np.sqrt(np.maximum(spread, 0) + 16.0))
+        contrast = torch.from_numpy(np.stack(pictures))
+        down, right = torch.gradient(contrast, dim=(1, 2))
+        return torch.stack([contrast, right, down], 1), torch.tensor([self._squares[index] for index in indices.tolist()])
+
+
+class Surface:
+    """Points of the person's rigid face with their normals, on a grid seen from the front."""
+
+    def __init__(self, face: Float[Tensor, "p 3"], relief: float = RELIEF) -> None:
+        """Lay the grid on the face's points, their depth times `relief`."""
+        corners = face.numpy()
+        flat, depth = corners[:468, :2], corners[:468, 2].mean() + relief * (corners[:468, 2] - corners[:468, 2].mean())
+        low, high = flat.min(0), flat.max(0)
+        x, y = np.meshgrid(np.arange(low[0], high[0], SPACING), np.arange(low[1], high[1], SPACING))
+        height = LinearNDInterpolator(flat, depth)
+        height_here, right, up = height(x, y), height(x + SPACING, y) - height(x - SPACING, y), height(x, y + SPACING) - height(x, y - SPACING)
+        grid = np.stack([x, y], -1).reshape(-1, 2)
+        fixed = np.any([_inside(grid, flat[list(part)]) for part in FIXED_PARTS], 0) & ~np.any(
+            [_inside(grid, flat[list(part)]) for part in MOVING_PARTS], 0
+        )
+        normal = np.stack([-right / (2 * SPACING), -up / (2 * SPACING), np.ones_like(x)], -1).reshape(-1, 3)
+        points = np.concatenate([grid, height_here.reshape(-1, 1)], -1)
+        kept = fixed & np.isfinite(points).all(-1) & np.isfinite(normal).all(-1)
+        self.points = torch.from_numpy(points[kept]).float()
+        self.normals = torch.nn.functional.normalize(torch.from_numpy(normal[kept]).float(), dim=-1)
+
+
+def refine_motion(motion: HeadMotion, views: FaceViews, pictures: Int[Tensor, " t"], image_size: tuple[int, int]) -> HeadMotion:
+    """Correct each frame's pose until the rigid parts of the face look as in all other frames.
+
+    Args:
+        motion: from the face points.
+        views: of the face.
+        pictures: under which number each frame of the motion is in `views`.
+        image_size: width, height of the source picture, px.
+    """
+    return _Alignment(motion, views, pictures, image_size).run()
+
+
+class _Alignment:
+    """The mean look of the surface, and how well each point keeps it."""
+
+    def __init__(self, motion: HeadMotion, views: FaceViews, pictures: Tensor, image_size: tuple[int, int]) -> None:
+        self.motion, self.views, self.pictures = motion, views, pictures
+        self.centre = torch.tensor(image_size) / 2
+        self.surface = Surface(motion.face)
+        self.rotation, self.translation = motion.rotation.float(), motion.translation.float()
+        self.look = torch.zeros(len(self.surface.points))
+        self.weight = torch.ones(len(self.surface.points))
+
+    def run(self) -> HeadMotion:
+        total = len(self.rotation)
+        few = torch.linspace(0, total - 1, min(NUM_REFERENCE, total)).round().long()
+        self._settle(few)
+        self.surface = Surface(self.motion.face, RELIEF * self._turns_seen(few))
+        self._settle(few)
+        self._update_look(few)
+        for chunk in torch.arange(total).split(32):
+            self._refine(chunk, 4)
+        return replace(self.motion, rotation=self.rotation.double(), translation=self.translation.double())
+
+    def _settle(self, frames: Tensor) -> None:
+        """Look and poses in turn, from the start."""
+        self.rotation[frames], self.translation[frames] = self.motion.rotation[frames].float(), self.motion.translation[frames].float()
+        self.look, self.weight = torch.zeros(len(self.surface.points)), torch.ones(len(self.surface.points))
+        for _ in range(3):
+            self._update_look(frames)
+            self._refine(frames, 3)
+
+    def _turns_seen(self, frames: Tensor) -> float:
+        """How large turns to the side look to the skin against the face points, which follow them well: too deep a surface makes them small."""
+        middle = self.motion.rotation[frames[len(frames) // 2]]
+        turns = [vector_from_rotation(rotation[frames].double() @ middle.mT)[:, 1] for rotation in (self.motion.rotation, self.rotation)]
+        points, skin = (turn - turn.mean() for turn in turns)
+        doubt = len(frames) * LIVELY_RAD**2
+        return float(((points @ skin + doubt) / (points @ points + doubt)).clamp(0.75, 1.3))
+
+    def _sample(self, pictures: Tensor, squares: Tensor, rotation: Tensor, translation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What the pictures show at the surface's points, b 3 n; the points in the camera, b n 3; and how squarely they are seen, b n."""
+        local = self.surface.points @ rotation.mT + translation[:, None]
+        seen = self.motion.focal_px * local[..., :2] / local[..., 2:] + self.centre
+        grid = 2 * (seen - squares[:, None, :2]) / squares[:, None, 2:] - 1
+        values = torch.nn.functional.grid_sample(pictures, grid[:, None], mode="bilinear", padding_mode="border", align_corners=False)[:, :, 0]
+        facing = -(self.surface.normals @ rotation.mT * torch.nn.functional.normalize(local, dim=-1)).sum(-1)
+        inside = (grid.abs() < 0.97).all(-1)
+        return values, local, ((facing - 0.3) / 0.3).clamp(0, 1) * inside
+
+    def _update_look(self, frames: Tensor) -> None:
+        """Median look of each point, and less weight for points that change."""
+        pictures, squares = self.views.read(self.pictures[frames])
+        values, _, facing = self._sample(pictures, squares, self.rotation[frames], self.translation[frames])
+        shown = torch.where(facing > 0.1, values[:, 0], torch.nan)
+        self.look = shown.nanmedian(0).values.nan_to_num()
+        spread = 1.48 * (shown - self.look).abs().nanmedian(0).values.nan_to_num(1e3)
+        self.weight = 1 / (spread.square() + NOISE**2)
+
+    def _refine(self, frames: Tensor, num_steps: int) -> None:
+        """Gauss-Newton on each frame's six numbers, drawn to the pose of the face points."""
+        pictures, squares = self.views.read(self.pictures[frames])
+        first_rotation, first_translation = self.motion.rotation[frames].float(), self.motion.translation[frames].float()
+        rotation, translation = self.rotation[frames], self.translation[frames]
+        trust = torch.tensor(TRUST).pow(-2)
+        for _ in range(num_steps):
+            values, local, facing = self._sample(pictures, squares, rotation, translation)
+            error = values[:, 0] - self.look
+            weight = INDEPENDENT * self.weight * facing * huber_weight(error.abs() * self.weight.sqrt(), torch.tensor(1.5))
+            slope = values[:, 1:].mT * (self.motion.focal_px * SIDE_PX / squares[:, 2])[:, None, None] / local[..., 2:]  # b n 2
+            by_place = torch.cat([slope, -(slope * local[..., :2] / local[..., 2:]).sum(-1, keepdim=True)], -1)
+            by_turn = torch.cross(local - translation[:, None], by_place, dim=-1)
+            jacobian = torch.cat([by_turn, by_place], -1)  # b n 6
+            weighted = (weight[..., None] * jacobian).mT
+            moved = torch.cat([vector_from_rotation(rotation @ first_rotation.mT), translation - first_translation], -1)
+            gradient = (weighted @ error[..., None])[..., 0] + trust * moved
+            step = torch.linalg.solve(weighted @ jacobian + torch.diag(trust), gradient)
+            rotation = rotation_from_vector(-step[:, :3]) @ rotation
+            translation = translation - step[:, 3:]
+        self.rotation[frames], self.translation[frames] = rotation, translation
+
+
+def _inside(points: np.ndarray, outline: np.ndarray) -> np.ndarray:
+    """Which points lie inside a closed outline (even-odd rule)."""
+    inside = np.zeros(len(points), bool)
+    for start, end in zip(outline, np.roll(outline, -1, 0), strict=True):
+        crosses = (start[1] > points[:, 1]) != (end[1] > points[:, 1])
+        with np.errstate(divide="ignore", invalid="ignore"):
+            at = start[0] + (points[:, 1] - start[1]) * (end[0] - start[0]) / (end[1] - start[1])
+        inside ^= crosses & (points[:, 0] < at)
+    return inside
