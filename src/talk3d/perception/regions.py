@@ -56,8 +56,8 @@ class OutlineParser:
         colour = np.stack([uniform_filter(picture[..., channel].astype(np.float32), 3, mode="nearest") for channel in range(3)], -1)
         self._skin = self._learn(self._skin, colour[oval & ~mouth & ~eyes & (height > 0.25) & (height < 0.8)])
         self._hair = self._learn(self._hair, colour[person & ~oval & (height > 1.12)])
-        lowest = np.arange(shape[0])[:, None] >= 0.94 * shape[0]
-        self._cloth = self._learn(self._cloth, colour[person & lowest & (height < -0.15)])
+        shoulders = np.abs(np.arange(shape[1]) + 0.5 - landmarks[CHIN, 0]) > 0.55 * np.ptp(landmarks[:468, 0])  # beside the neck
+        self._cloth = self._learn(self._cloth, colour[person & shoulders & (height < -0.05)])
         skin_like = self._like_skin(colour, self._hair)
         bare = self._like_skin(colour, self._cloth) & (height > -0.6)
         parts = np.where(height > 0.02, np.where(skin_like, SKIN, HAIR), np.where(bare, NECK, CLOTH)).astype(np.uint8)
