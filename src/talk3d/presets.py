@@ -3,6 +3,7 @@
 from talk3d.models.avatar import AvatarConfig
 from talk3d.models.conditioning import ConditioningConfig
 from talk3d.models.deltaplane import DeltaplaneConfig
+from talk3d.models.encoder import EncoderConfig
 from talk3d.models.generator import GeneratorConfig
 from talk3d.models.renderer import RendererConfig
 from talk3d.models.superresolution import SuperresolutionConfig
@@ -25,6 +26,8 @@ TINY = GeneratorConfig(
         superresolution=SuperresolutionConfig(input_side=16, channels=(8, 8), matte=True),
     ),
 )
+
+TINY_ENCODER = EncoderConfig(side=32, width=4)
 
 TINY_AVATAR = AvatarConfig(
     conditioning=ConditioningConfig(token_width=16),

@@ -30,9 +30,10 @@ from talk3d.io.weights import (
     unpack_state,
 )
 from talk3d.models.avatar import Avatar, Performance, PersonalizedGenerator, Prior
+from talk3d.models.encoder import Encoder
 from talk3d.models.generator import TriplaneGenerator
 from talk3d.ops.geometry import head_camera
-from talk3d.presets import BUILTIN256, TINY, TINY_AVATAR
+from talk3d.presets import BUILTIN256, TINY, TINY_AVATAR, TINY_ENCODER
 from talk3d.types import Driving
 
 
@@ -254,6 +255,15 @@ def test_a_prior_comes_back_within_half_precision(prior: Prior, tmp_path: Path) 
     assert back.generator.config == TINY and back.w_std == 0.7 and back.provenance == prior.provenance and not back.training
     for name, value in prior.generator.state_dict().items():
         assert back.generator.state_dict()[name].equal(halves(value)), name
+
+
+def test_a_priors_encoder_comes_back_with_it(prior: Prior, tmp_path: Path) -> None:
+    prior.encoder = Encoder(TINY_ENCODER, 16).eval()
+    prior.save(tmp_path / "prior.safetensors")
+    back = load_prior(tmp_path / "prior.safetensors").encoder
+    assert back is not None and back.config == TINY_ENCODER and not back.training
+    for name, value in prior.encoder.state_dict().items():
+        assert back.state_dict()[name].equal(halves(value)), name
 
 
 def test_a_person_comes_back_within_half_precision(person: PersonalizedGenerator, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ import talk3d
 from talk3d.errors import ConfigError, Talk3DError, WeightsError
 from talk3d.io.pickles import shown
 from talk3d.models.avatar import Avatar, AvatarConfig, Performance, PersonalizedGenerator, Prior
+from talk3d.models.encoder import Encoder, EncoderConfig
 from talk3d.models.generator import GeneratorConfig, TriplaneGenerator
 from talk3d.models.renderer import RendererConfig
 from talk3d.types import Camera
@@ -259,6 +260,9 @@ def save_prior(prior: Prior, path: Path, *, exact: bool = False) -> None:
     """
     header = make_header("prior", config=config_to_json(prior.generator.config), w_std=prior.w_std, provenance=prior.provenance)
     tensors = prior.generator.state_dict()
+    if prior.encoder is not None:
+        header["encoder"] = config_to_json(prior.encoder.config)
+        tensors |= {f"encoder.{name}": value for name, value in prior.encoder.state_dict().items()}
     save_tensors(path, tensors if exact else _halved(tensors), header)
 
 
@@ -270,10 +274,16 @@ def load_prior(path: str | Path = "builtin") -> Prior:
     """
     place = BUILTIN_PRIOR if str(path) == "builtin" else Path(path)
     tensors, header = load_tensors(place, "prior")
+    guessing = {name.removeprefix("encoder."): tensors.pop(name) for name in list(tensors) if name.startswith("encoder.")}
     config = config_from_json(GeneratorConfig, header["config"], place)
     generator = build(lambda: TriplaneGenerator(config), count_numbers(tensors), place)
     load_strictly(generator, tensors, place)
-    return Prior(generator=generator.eval(), w_std=header["w_std"], provenance=header["provenance"]).eval()
+    encoder = None
+    if "encoder" in header:
+        sizes, w_dim = config_from_json(EncoderConfig, header["encoder"], place), config.renderer.w_dim
+        encoder = build(lambda: Encoder(sizes, w_dim), count_numbers(guessing), place)
+        load_strictly(encoder, guessing, place)
+    return Prior(generator=generator, w_std=header["w_std"], provenance=header["provenance"], encoder=encoder).eval()
 
 
 def save_person(person: PersonalizedGenerator, path: Path) -> None:

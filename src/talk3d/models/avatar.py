@@ -12,24 +12,27 @@ from torch import Tensor, nn
 from talk3d.models.conditioning import RELEASED as RELEASED_CONDITIONING
 from talk3d.models.conditioning import Conditioner, ConditioningConfig
 from talk3d.models.deltaplane import DeltaplaneConfig, DeltaplanePredictor, DeltaplanePrefix
+from talk3d.models.encoder import Encoder
 from talk3d.models.generator import TriplaneGenerator
 from talk3d.models.renderer import RendererConfig, TriplaneRenderer
 from talk3d.types import Camera, Driving, Rendering, Triplane
 
 
 class Prior(nn.Module):
-    """A generator that knows heads, and how far people are from its average."""
+    """A generator that knows heads, how far people are from its average, and, if it was trained with one, the encoder that guesses codes."""
 
-    def __init__(self, *, generator: TriplaneGenerator, w_std: float, provenance: Mapping[str, Any]) -> None:
+    def __init__(self, *, generator: TriplaneGenerator, w_std: float, provenance: Mapping[str, Any], encoder: Encoder | None = None) -> None:
         """Bundle them.
 
         Args:
             generator: the tri-plane generator.
             w_std: root mean square of one component of the training people's distance from the average w.
             provenance: how it was made.
+            encoder: guesses codes from pictures; None where there is none.
         """
         super().__init__()
-        self.generator, self.w_std, self.provenance = generator, w_std, dict(provenance)
+        self.generator, self.encoder = generator, encoder
+        self.w_std, self.provenance = w_std, dict(provenance)
 
     def save(self, path: str | Path) -> None:
         """Write one file, weights as float16."""

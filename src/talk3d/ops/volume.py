@@ -87,7 +87,7 @@ def composite(
     weights = segment_weights(density, distances)
     # the mean of neighbouring samples, folded into per-sample weights: half of either adjoining segment
     per_sample = (F.pad(weights, (1, 0)) + F.pad(weights, (0, 1))) / 2
-    rendered = (per_sample.unsqueeze(-2) @ features).squeeze(-2)
+    rendered = (per_sample.unsqueeze(-2).to(features.dtype) @ features).squeeze(-2).to(density.dtype)
     opacity = weights.sum(-1, keepdim=True)
     depth = (per_sample * distances).sum(-1, keepdim=True) / opacity
     depth = torch.nan_to_num(depth, float("inf")).clamp(distances.min(), distances.max())

@@ -16,6 +16,9 @@ from talk3d.models.stylegan2 import resize_to
 from talk3d.ops.geometry import fit_similarity
 from talk3d.types import AudioFeatures, Rendering, Triplane
 
+LOSS_WEIGHTS = {"image": 1.0, "detail": 2.0, "alpha": 0.5, "raw": 0.5}
+"""Weights of `picture_losses` where a person is fitted."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class PictureTarget:
@@ -25,6 +28,11 @@ class PictureTarget:
     """[-1, 1], premultiplied over black."""
     alpha: Float[Tensor, "b 1 H W"]
     """[0, 1]."""
+
+
+def target_from_rgba(rgba: Float[Tensor, "b 4 h w"]) -> PictureTarget:
+    """Turn pictures and mattes in [0, 1], not premultiplied, into a target."""
+    return PictureTarget(image=premultiply(2 * rgba[:, :3] - 1, rgba[:, 3:]), alpha=rgba[:, 3:])
 
 
 def premultiply(image: Float[Tensor, "b 3 h w"], alpha: Float[Tensor, "b 1 h w"]) -> Float[Tensor, "b 3 h w"]:
