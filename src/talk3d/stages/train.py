@@ -21,9 +21,9 @@ from talk3d.models.avatar import Avatar, AvatarConfig, Performance, Personalized
 from talk3d.models.conditioning import ConditioningConfig
 from talk3d.models.deltaplane import DeltaplaneConfig
 from talk3d.models.renderer import RendererConfig
-from talk3d.stages.personalize import LOSS_WEIGHTS, face_emphasis
+from talk3d.stages.personalize import face_emphasis
 from talk3d.training.loop import Average, Loop, cosine_decay
-from talk3d.training.losses import PictureTarget, hearing_loss, mouth_shapes, picture_losses, premultiply, weighted_sum
+from talk3d.training.losses import LOSS_WEIGHTS, PictureTarget, hearing_loss, mouth_shapes, picture_losses, premultiply, weighted_sum
 from talk3d.types import Clip, Driving, Progress, silent
 
 

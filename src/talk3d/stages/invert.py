@@ -1,0 +1,227 @@
+"""Inversion: find a head in the prior from pictures with known cameras, then tune the prior to it. Personalisation does this with a clip's frames.
+
+Two steps. *Inversion* looks for a code w of the person and a small offset for each moment, starting from the encoder's guess where the prior has
+one, the generator held fixed. *Pivotal tuning* then adapts the generator to the pictures, the codes held fixed, while heads near the person must
+stay what they were, from all sides.
+
+Reference: VIVE3D (arXiv 2303.15893), section 3.1; pivotal tuning (arXiv 2106.05744).
+"""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from talk3d.errors import ConfigError
+from talk3d.models.avatar import PersonalizedGenerator, Prior
+from talk3d.models.generator import TriplaneGenerator
+from talk3d.ops.geometry import head_camera
+from talk3d.training.loop import Loop, cosine_decay
+from talk3d.training.losses import LOSS_WEIGHTS, PictureTarget, picture_losses, weighted_sum
+from talk3d.types import Camera, Progress, silent
+
+
+@dataclass(frozen=True, kw_only=True)
+class InversionConfig:
+    """How a head is found and the prior tuned to it."""
+
+    frames_per_step: int = 2
+    """Pictures compared in one step."""
+    inversion_steps: int = 150
+    """Steps of the search for the codes."""
+    inversion_rate: float = 0.05
+    """Adam's learning rate of the codes."""
+    tuning_steps: int = 250
+    """Steps of tuning the generator."""
+    tuning_rate: float = 1e-3
+    """Adam's learning rate of the generator at the start of tuning."""
+    offset_weight: float = 0.02
+    """Of the mean square of the moments' offsets, in units of the prior's spread."""
+    person_weight: float = 0.002
+    """Of the mean square distance of the person's code from where the search started, in units of the prior's spread."""
+    locality_weight: float = 1.0
+    """Of the change of heads near the person while tuning."""
+    locality_every: int = 3
+    """Every which tuning step that change is measured."""
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that cannot work."""
+        if min(self.frames_per_step, self.inversion_steps, self.tuning_steps, self.locality_every) < 1:
+            raise ConfigError("inversion counts frames and steps from 1: give positive numbers")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Views:
+    """Pictures of one person."""
+
+    target: PictureTarget
+    """The pictures, k of them, and their mattes, of the size that the prior renders."""
+    cameras: Camera
+    """Where they were taken from."""
+    moment: Int[Tensor, " k"]
+    """Pictures of one number, counted from 0, show the same moment."""
+    emphasis: Float[Tensor, "k 1 h w"] | None = None
+    """How much each pixel counts, mean about 1; None means all the same."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inversion:
+    """A head found in a prior."""
+
+    generator: TriplaneGenerator
+    """The prior's generator, tuned to the person."""
+    person: Float[Tensor, "1 n w"]
+    """Style rows of the person at the mean of the moments."""
+    moments: Float[Tensor, "m n w"]
+    """Style rows of every moment."""
+
+    def personalized(self, provenance: Mapping[str, object]) -> PersonalizedGenerator:
+        """Freeze the generator at the person's style rows."""
+        return PersonalizedGenerator.from_generator(self.generator, self.person, provenance)
+
+
+def guess_codes(prior: Prior, views: Views) -> Float[Tensor, "m w"]:
+    """Return the code from which each moment's search starts: the encoder's guess, or the average where the prior has no encoder."""
+    average = prior.generator.mapping_network.w_avg.detach()
+    num_moments = int(views.moment.max()) + 1
+    if prior.encoder is None:
+        return average.expand(num_moments, -1).clone()
+    guesses = []
+    for moment in range(num_moments):
+        index = (views.moment == moment).nonzero()[:, 0]
+        with torch.no_grad():
+            guesses.append(prior.encoder(views.target.image[index][None], views.target.alpha[index][None], views.cameras[index])[0])
+    return average + torch.stack(guesses)
+
+
+def invert(
+    prior: Prior,
+    views: Views,
+    config: InversionConfig | None = None,
+    *,
+    device: str = "cpu",
+    seed: int = 0,
+    progress: Progress = silent,
+    checkpoint: Path | None = None,
+    stage: str = "invert",
+) -> Inversion:
+    """Find a person in a prior from pictures and tune the prior to them; the prior itself stays as it is.
+
+    Args:
+        prior: where to look.
+        views: what the person looks like.
+        config: how.
+        device: where to compute; the result is on the CPU.
+        seed: of all randomness.
+        progress: hears every step's losses.
+        checkpoint: kept here and resumed from.
+        stage: under which name progress is told.
+
+    Raises:
+        WeightsError: the checkpoint belongs to other settings.
+    """
+    config = config or InversionConfig()
+    search = _Search(prior, views, config, device=device, seed=seed)
+    loop = Loop(modules=search.modules, optimizers=search.optimizers, generators=search.generators, checkpoint=checkpoint)
+    loop.run(stage, config.inversion_steps + config.tuning_steps, search.step, progress)
+    with torch.no_grad():
+        moments = search.codes.rows(torch.arange(len(search.codes.start), device=device))
+        person = search.codes.person_rows()
+    return Inversion(generator=search.generator.cpu(), person=person.cpu(), moments=moments.cpu())
+
+
+class _Codes(nn.Module):
+    """The moments' codes: where the search started, and the person's and the moments' offsets from there in units of the prior's spread."""
+
+    start: Tensor
+
+    def __init__(self, start: Float[Tensor, "m w"], spread: float, num_ws: int) -> None:
+        super().__init__()
+        self.register_buffer("start", start.clone())
+        self.spread, self.num_ws = spread, num_ws
+        self.person = nn.Parameter(torch.zeros_like(start[0]))
+        self.offsets = nn.Parameter(torch.zeros_like(start))
+
+    def rows(self, moment: Int[Tensor, " b"]) -> Float[Tensor, "b n w"]:
+        w = self.start[moment] + self.spread * (self.person + self.offsets[moment])
+        return w[:, None].expand(-1, self.num_ws, -1)
+
+    def person_rows(self) -> Float[Tensor, "1 n w"]:
+        w = self.start.mean(0) + self.spread * (self.person + self.offsets.mean(0))
+        return w.expand(1, self.num_ws, -1)
+
+
+class _Search:
+    """One step of inversion or tuning and what it needs."""
+
+    def __init__(self, prior: Prior, views: Views, config: InversionConfig, *, device: str, seed: int) -> None:
+        self.config, self.device = config, device
+        self.generator = copy.deepcopy(prior.generator).to(device).eval()
+        self.reference = copy.deepcopy(self.generator).requires_grad_(False)
+        self.codes = _Codes(guess_codes(prior, views), prior.w_std, self.generator.num_ws).to(device)
+        self.image, self.alpha = views.target.image.to(device), views.target.alpha.to(device)
+        self.cameras, self.moment = views.cameras.to(device), views.moment.to(device)
+        self.emphasis = None if views.emphasis is None else views.emphasis.to(device)
+        tuned = [p for name, p in self.generator.named_parameters() if "mapping" not in name]
+        self.modules: dict[str, nn.Module] = {"generator": self.generator, "codes": self.codes}
+        self.optimizers = {
+            "codes": torch.optim.Adam(self.codes.parameters(), lr=config.inversion_rate, betas=(0.9, 0.99)),
+            "generator": torch.optim.Adam(tuned, lr=config.tuning_rate, betas=(0.9, 0.99)),
+        }
+        self.generators = {"choice": torch.Generator().manual_seed(seed), "rays": torch.Generator(device).manual_seed(seed)}
+
+    def step(self, number: int) -> dict[str, Float[Tensor, ""]]:
+        """Invert while there are inversion steps, tune afterwards."""
+        inverting = number < self.config.inversion_steps
+        active = self.optimizers["codes" if inverting else "generator"]
+        self.codes.requires_grad_(inverting)
+        self.generator.requires_grad_(not inverting)
+        self._set_rate(number, inverting)
+        index = torch.randperm(len(self.cameras), generator=self.generators["choice"])[: self.config.frames_per_step].to(self.device)
+        ws = self.codes.rows(self.moment[index])
+        rendering = self.generator.render_triplane(self.generator.triplane(ws), ws[:, -1], self.cameras[index], generator=self.generators["rays"])
+        target = PictureTarget(image=self.image[index], alpha=self.alpha[index])
+        terms = picture_losses(rendering, target, None if self.emphasis is None else self.emphasis[index])
+        weights = dict(LOSS_WEIGHTS)
+        if inverting:
+            terms |= {"person": self.codes.person.square().mean(), "offset": self.codes.offsets.square().mean()}
+            weights |= {"person": self.config.person_weight, "offset": self.config.offset_weight}
+        elif number % self.config.locality_every == 0:
+            terms["locality"] = self._locality()
+            weights["locality"] = self.config.locality_weight
+        loss = weighted_sum(terms, weights)
+        active.zero_grad(set_to_none=True)
+        loss.backward()
+        active.step()
+        return {name: term.detach() for name, term in terms.items()}
+
+    def _set_rate(self, number: int, inverting: bool) -> None:
+        config = self.config
+        if inverting:
+            fraction, rate, name = number / config.inversion_steps, config.inversion_rate, "codes"
+        else:
+            fraction, rate, name = (number - config.inversion_steps) / config.tuning_steps, config.tuning_rate, "generator"
+        for group in self.optimizers[name].param_groups:
+            group["lr"] = rate * cosine_decay(fraction, 0.1) * min(1.0, 0.1 + fraction / 0.05)
+
+    def _locality(self) -> Float[Tensor, ""]:
+        """Change of the raw picture of a head between the person and a random one, from a random side."""
+        choice = self.generators["choice"]
+        z = torch.randn(1, self.generator.config.z_dim, generator=choice).to(self.device)
+        amount = 0.5 * torch.rand(1, generator=choice).item()
+        with torch.no_grad():
+            label = self.cameras[:1].to_label() if self.generator.config.c_dim else None
+            ws = torch.lerp(self.codes.person_rows(), self.reference.mapping(z, label), amount)
+        angles = (torch.rand(1, 3, generator=choice) * 2 - 1) * torch.tensor([0.9, 0.3, 0.0])
+        camera = head_camera(angles).to(self.device)
+        now, before = (self._raw(generator, ws, camera) for generator in (self.generator, self.reference))
+        return F.l1_loss(now[0], before[0].detach()) + F.l1_loss(now[1], before[1].detach())
+
+    def _raw(self, generator: TriplaneGenerator, ws: Float[Tensor, "1 n w"], camera: Camera) -> tuple[Tensor, Tensor]:
+        rendering = generator.render_triplane(generator.triplane(ws), ws[:, -1], camera, neural_rendering_resolution=32)
+        return rendering.raw, rendering.raw_alpha

@@ -1,0 +1,91 @@
+"""Inversion of pictures that the prior itself painted: the code is found again, guesses help, what is not seen stays."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from talk3d.errors import ConfigError
+from talk3d.models.avatar import Prior
+from talk3d.models.encoder import Encoder
+from talk3d.ops.geometry import head_camera
+from talk3d.presets import TINY_ENCODER
+from talk3d.stages.invert import InversionConfig, Views, guess_codes, invert
+from talk3d.training.losses import PictureTarget
+from talk3d.types import Camera
+
+SHORT = InversionConfig(inversion_steps=4, tuning_steps=4)
+YAWS = torch.tensor([-0.4, 0.0, 0.4])
+
+
+def painted(prior: Prior, ws: torch.Tensor, moment: torch.Tensor) -> tuple[Views, Camera]:
+    """Pictures of these style rows, one for each of three cameras."""
+    cameras = head_camera(torch.stack([YAWS, 0 * YAWS, 0 * YAWS], -1))
+    with torch.no_grad():
+        rendering = prior.generator.render(ws[moment], cameras)
+    return Views(target=PictureTarget(image=rendering.image, alpha=rendering.alpha), cameras=cameras, moment=moment), cameras
+
+
+def test_unfit_settings_are_refused() -> None:
+    with pytest.raises(ConfigError, match="positive numbers"):
+        InversionConfig(tuning_steps=0)
+
+
+def test_pictures_that_the_prior_painted_are_found_again(prior: Prior) -> None:
+    ws = prior.generator.mapping(torch.randn(1, 8))
+    views, cameras = painted(prior, ws, torch.zeros(3, dtype=torch.long))
+    config = InversionConfig(frames_per_step=3, inversion_steps=60, inversion_rate=0.1, tuning_steps=1, tuning_rate=1e-9, person_weight=0.0)
+    before = {name: value.clone() for name, value in prior.generator.state_dict().items()}
+    found = invert(prior, views, config)
+    average = prior.generator.mapping(torch.zeros(1, 8), None, 0.0)
+    with torch.no_grad():
+        pictures = [prior.generator.render(rows.expand(3, -1, -1), cameras).image for rows in (found.person, average)]
+    errors = [(picture - views.target.image).abs().mean() for picture in pictures]
+    assert errors[0] < 0.2 * errors[1]
+    assert all(value.equal(before[name]) for name, value in prior.generator.state_dict().items()), "the prior was changed"
+
+
+def test_moments_have_codes_of_their_own_round_the_person(prior: Prior) -> None:
+    ws = prior.generator.mapping(torch.randn(2, 8))
+    views, _ = painted(prior, ws, torch.tensor([0, 1, 1]))
+    found = invert(prior, views, SHORT)
+    assert found.moments.shape == (2, prior.generator.num_ws, 16)
+    assert not found.moments[0].equal(found.moments[1])
+    torch.testing.assert_close(found.person, found.moments.mean(0, keepdim=True))
+
+
+def test_the_search_starts_from_the_average_or_from_the_encoders_guess(prior: Prior) -> None:
+    ws = prior.generator.mapping(torch.randn(2, 8))
+    views, cameras = painted(prior, ws, torch.tensor([0, 1, 1]))
+    average = prior.generator.mapping_network.w_avg
+    assert guess_codes(prior, views).equal(average.expand(2, -1))
+    prior.encoder = Encoder(TINY_ENCODER, 16).eval()
+    guess = guess_codes(prior, views)
+    for moment, rows in ((0, slice(0, 1)), (1, slice(1, 3))):
+        alone = prior.encoder(views.target.image[None, rows], views.target.alpha[None, rows], cameras[rows])[0]
+        torch.testing.assert_close(guess[moment], average + alone)
+
+
+def test_locality_keeps_what_the_pictures_do_not_show(prior: Prior) -> None:
+    ws = prior.generator.mapping(torch.randn(1, 8))
+    views, _ = painted(prior, ws, torch.zeros(3, dtype=torch.long))
+    black = PictureTarget(image=torch.full_like(views.target.image[:1], -1.0), alpha=torch.zeros_like(views.target.alpha[:1]))
+    front = Views(target=black, cameras=views.cameras[1:2], moment=torch.zeros(1, dtype=torch.long))
+    config = InversionConfig(inversion_steps=1, inversion_rate=1e-9, tuning_steps=30, tuning_rate=3e-3, locality_every=1)
+    side = head_camera(torch.tensor([[0.8, 0.0, 0.0]]))
+    changes = []
+    for weight in (0.0, 5.0):
+        found = invert(prior, front, replace(config, locality_weight=weight))
+        with torch.no_grad():
+            changes.append((found.generator.render(found.person, side).raw - prior.generator.render(found.person, side).raw).abs().mean().item())
+    assert changes[1] < 0.7 * changes[0] and math.isfinite(changes[1])
+
+
+def test_the_person_can_be_frozen(prior: Prior) -> None:
+    views, _ = painted(prior, prior.generator.mapping(torch.randn(1, 8)), torch.zeros(3, dtype=torch.long))
+    found = invert(prior, views, SHORT)
+    person = found.personalized({"made": "here"})
+    assert person.provenance == {"made": "here"}
+    with torch.no_grad():
+        torch.testing.assert_close(person.identity, found.generator.triplane(found.person).planes)
