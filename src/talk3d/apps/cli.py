@@ -24,6 +24,7 @@ SUMMARIES = {
     "evaluate": "measures an avatar on the part of a clip it never saw",
     "pretrain": "many heads in, a prior out: what `personalize` starts from",
     "weights": "optional networks of others: list, fetch, verify; import published generators",
+    "prior": "show: random people, an orbit, depth, normals and a mesh of a prior",
     "doctor": "says what is installed, and what is missing",
 }
 EXAMPLES = {
@@ -35,7 +36,8 @@ EXAMPLES = {
     "  talk3d build me.mp4 -o me.t3d --fresh                   (start over)",
     "animate": "talk3d animate me.t3d speech.wav -o talking.mp4\n  talk3d animate me.t3d film.mp4 -o turning.mp4 --camera orbit",
     "evaluate": "talk3d evaluate me.t3d me.clip -o report.json",
-    "pretrain": "talk3d pretrain heads/ -o prior.t3d",
+    "pretrain": "talk3d pretrain heads/ -o prior.t3d\n  talk3d pretrain photos.zip -o prior.t3d --mode adversarial --sheets sheets",
+    "prior": "talk3d prior show builtin -o shown\n  talk3d prior show prior.t3d -o shown --seed 3 --mesh-format ply",
     "demo": "talk3d demo\n  talk3d demo -o elsewhere.mp4",
     "weights": "talk3d weights list\n  talk3d weights fetch lpips-alex arcface\n  talk3d weights verify\n"
     "  talk3d weights import ffhq512-128.pkl -o prior.t3d --axes fixed\n  talk3d weights import 19_80000.pt -o talk3d.t3d",

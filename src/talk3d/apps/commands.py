@@ -219,44 +219,15 @@ def _build() -> Callable[..., None]:
 
 
 def _pretrain() -> Callable[..., None]:
-    from talk3d import presets
-    from talk3d.apps.build import checkpoint_beside, remove_checkpoints
-    from talk3d.stages.pretrain import PretrainConfig, pretrain
+    from talk3d.apps.prior import pretrain_prior
 
-    defaults = PretrainConfig()
-    all_sizes = {"tiny": presets.TINY, "builtin256": presets.BUILTIN256, "ffhq512": presets.FFHQ512}
+    return pretrain_prior
 
-    def command(
-        dataset: Input,
-        /,
-        out: Output,
-        config: Annotated[PretrainConfig, arg(name="")] = defaults,
-        sizes: Literal["tiny", "builtin256", "ffhq512"] = "builtin256",
-        device: Device = "auto",
-        seed: int = 0,
-    ) -> None:
-        """Train a prior over heads on pictures of many people with known cameras.
 
-        Args:
-            dataset: folder in EG3D's layout: pictures (alpha is the foreground) and dataset.json with camera labels.
-            out: the prior, a new file.
-            config: how long and how hard to train.
-            sizes: which preset the networks follow.
-            device: where to compute.
-            seed: of all randomness.
-        """
-        check_input(dataset, "a data set folder with dataset.json")
-        check_output(out)
-        checkpoint = checkpoint_beside(out, dataset, config, sizes, seed)
-        with Display() as display:
-            prior = pretrain(
-                dataset, config, sizes=all_sizes[sizes], device=resolve_device(device), seed=seed, progress=display, checkpoint=checkpoint
-            )
-            prior.save(out)
-        remove_checkpoints(out)
-        print(f"{out}: next, talk3d personalize CLIP -o PERSON --prior {out}")
+def _prior() -> dict[str, Callable[..., None]]:
+    from talk3d.apps.prior import COMMANDS
 
-    return command
+    return COMMANDS
 
 
 def _animate() -> Callable[..., None]:
@@ -381,6 +352,7 @@ COMMANDS: dict[str, Callable[[], Callable[..., None] | dict[str, Callable[..., N
     "evaluate": _evaluate,
     "personalize": _personalize,
     "pretrain": _pretrain,
+    "prior": _prior,
     "track": _track,
     "train": _train,
     "weights": _weights,

@@ -1,0 +1,119 @@
+"""The commands round priors: `talk3d pretrain` makes one, `talk3d prior show` lets it be looked at."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import Positional, arg
+
+from talk3d import presets
+from talk3d.apps.build import checkpoint_beside, remove_checkpoints
+from talk3d.apps.commands import Device, Input, Output, check_input, check_output, resolve_device
+from talk3d.apps.terminal import Display
+from talk3d.errors import ConfigError
+from talk3d.io.weights import load_prior
+from talk3d.stages.pretrain import PretrainConfig, pretrain
+from talk3d.stages.show import ShowConfig, show_prior
+from talk3d.types import Progress
+
+ALL_SIZES = {"tiny": presets.TINY, "builtin256": presets.BUILTIN256, "ffhq512": presets.FFHQ512}
+Folder = Annotated[Path | None, arg(metavar="FOLDER")]
+_PRETRAIN_DEFAULTS, _SHOW_DEFAULTS = PretrainConfig(), ShowConfig()
+
+
+@contextlib.contextmanager
+def recorded(progress: Progress, folder: Path | None) -> Iterator[Progress]:
+    """Hand on what progress hears, and write its values to TensorBoard's event files if there is a folder for them.
+
+    Raises:
+        ConfigError: a folder is given and the extra `tensorboard` is not installed.
+    """
+    if folder is None:
+        yield progress
+        return
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ConfigError("--tensorboard needs tensorboard: pip install 'talk3d[tensorboard]', or leave it out") from error
+    with SummaryWriter(str(folder)) as writer:
+
+        def both(stage: str, step: int, total: int, values: Mapping[str, float]) -> None:
+            for name, value in values.items():
+                writer.add_scalar(f"{stage}/{name}", value, step)
+            progress(stage, step, total, values)
+
+        yield both
+
+
+def pretrain_prior(
+    dataset: Input,
+    /,
+    out: Output,
+    config: Annotated[PretrainConfig, arg(name="")] = _PRETRAIN_DEFAULTS,
+    start: Annotated[str, arg(metavar="tiny|builtin256|ffhq512|builtin|PATH")] = "builtin256",
+    sheets: Folder = None,
+    tensorboard: Folder = None,
+    device: Device = "auto",
+    seed: int = 0,
+) -> None:
+    """Train a prior over heads on pictures of many people with known cameras.
+
+    Args:
+        dataset: folder or zip in EG3D's layout: pictures (alpha is the foreground) and dataset.json with camera labels.
+        out: the prior, a new file.
+        config: in which way, how long and how hard to train.
+        start: a preset, which the networks of a new prior follow; or a prior to go on from: a file, or the word builtin for the shipped one.
+        sheets: pictures of heads, their depth and normals are written here while training goes on.
+        tensorboard: losses are written here for TensorBoard.
+        device: where to compute.
+        seed: of all randomness.
+    """
+    check_input(dataset, "a data set folder or zip with dataset.json")
+    check_output(out)
+    checkpoint = checkpoint_beside(out, dataset, config, start, seed)
+    with Display() as display, recorded(display, tensorboard) as progress:
+        prior = pretrain(
+            dataset,
+            config,
+            start=ALL_SIZES[start] if start in ALL_SIZES else load_prior(start),
+            device=resolve_device(device),
+            seed=seed,
+            progress=progress,
+            checkpoint=checkpoint,
+            sheets=sheets,
+        )
+        prior.save(out)
+    remove_checkpoints(out)
+    print(f"{out}: next, talk3d prior show {out} -o FOLDER, or talk3d personalize CLIP -o PERSON --prior {out}")
+
+
+def show(
+    prior: Annotated[str, Positional, arg(metavar="builtin|PATH")],
+    /,
+    out: Output,
+    config: Annotated[ShowConfig, arg(name="")] = _SHOW_DEFAULTS,
+    device: Device = "auto",
+    seed: int = 0,
+) -> None:
+    """Show what a prior knows: random people, one from all sides with depth and normals, an orbit, and a mesh.
+
+    Args:
+        prior: a prior's file, or the word builtin for the shipped one.
+        out: a folder for grid.png, person.png, orbit.mp4 and mesh.glb.
+        config: how much is shown.
+        device: where to render.
+        seed: which people.
+    """
+    if prior != "builtin":
+        check_input(Path(prior), "a prior, made by `talk3d pretrain`")
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"{out} is a file: give a folder as -o")
+    check_output(out / "grid.png") if out.is_dir() else check_output(out)
+    with Display() as display:
+        written = show_prior(load_prior(prior), out, config, device=resolve_device(device), seed=seed, progress=display)
+    print("\n".join(map(str, written)))
+
+
+COMMANDS: dict[str, Callable[..., None]] = {"show": show}
+"""What follows `talk3d prior`."""
