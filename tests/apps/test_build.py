@@ -173,5 +173,5 @@ def test_a_refused_video_stops_before_anything_is_made_unless_told_otherwise(
     monkeypatch.setattr(building, "track", track)
     with pytest.raises(TrackingError, match=r"me.mp4: -90 dB: record with a microphone; --yes"):
         build(video, tmp_path / "me.t3d", BuildConfig())
-    assert calls == []
+    assert calls == [] and list(tmp_path.iterdir()) == [video]
     assert build(video, tmp_path / "me.t3d", BuildConfig(), yes=True) == ["track", "personalize", "train"]

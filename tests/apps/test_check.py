@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 
 from talk3d.apps.check import page, plot, print_report, refusal, reviewer, write_report
+from talk3d.apps.cli import main
 from talk3d.errors import MediaError, TrackingError
 
 LINES = [
@@ -78,3 +79,16 @@ def test_a_refused_video_stops_the_work_unless_told_otherwise(caplog: pytest.Log
     reviewer(video, yes=True)(report())
     reviewer(video, yes=False)({**report(LINES[0]), "warnings": ["the sound is quiet"]})
     assert "the sound is quiet" in caplog.text
+
+
+def test_a_report_is_a_page_or_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    video = tmp_path / "film.mp4"
+    video.write_bytes(b"film")
+    assert main(["check", str(video), "-o", str(tmp_path / "report.txt")]) == 2
+    assert "'.txt', a report is .html or .json" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [video]
+
+
+def test_a_refusal_names_the_film_once():
+    nosound = {"what": "sound", "found": "film.mp4 has no sound track", "judgement": "refuse", "advice": "give another"}
+    assert refusal(Path("film.mp4"), report(nosound)) == "film.mp4 has no sound track: give another"

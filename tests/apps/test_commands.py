@@ -45,6 +45,25 @@ def test_outputs_replace_only_their_own_kind(tmp_path: Path) -> None:
         commands.check_output(tmp_path / "person.t3d", folder_with="clip.json")
 
 
+def test_an_input_is_never_replaced(tmp_path: Path) -> None:
+    film, same = tmp_path / "film.mp4", tmp_path / "link.mp4"
+    film.write_bytes(b"film")
+    same.symlink_to(film)
+    for out in (film, same):
+        with pytest.raises(ConfigError, match="is not lost"):
+            commands.check_output(out, tmp_path / "absent", film)
+    commands.check_output(tmp_path / "other.mp4", film)
+
+
+@pytest.mark.parametrize("command", [["check"], ["animate", "sample"], ["weights", "import"], ["track"], ["build"]], ids=" ".join)
+def test_no_command_writes_over_what_it_reads(command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mine = tmp_path / "mine.html"
+    mine.write_bytes(b"irreplaceable")
+    assert main([*command, str(mine), "-o", str(mine)]) == 2
+    assert mine.read_bytes() == b"irreplaceable" and list(tmp_path.iterdir()) == [mine]
+    assert capsys.readouterr().err.count("\n") == 1
+
+
 def test_the_demo_is_a_film_with_sound_and_says_what_to_try_next(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,8 @@
 
 import pickle
 import pickletools
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -70,6 +72,13 @@ def test_every_way_of_writing(way: dict[str, Any], write_eg3d: Writer, make_way:
 def test_the_axes_of_the_user_win(write_eg3d: Writer) -> None:
     path, _ = write_eg3d(axes=None)
     assert import_eg3d(path, plane_axes="fixed").config.renderer.plane_axes == "fixed"
+
+
+def test_axes_that_do_not_exist_are_refused() -> None:
+    """In a process of its own, where the annotations are not checked."""
+    code = "import talk3d; talk3d.import_eg3d('absent.pkl', plane_axes='crooked')"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "ConfigError: plane_axes is 'crooked', it may be 'fixed', 'released' or None" in ran.stderr
 
 
 def test_without_half_precision_nothing_is_clamped(write_eg3d: Writer) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 from talk3d import __version__
 from talk3d.apps.check import reviewer
-from talk3d.errors import ConfigError
+from talk3d.errors import ConfigError, Talk3DError
 from talk3d.io.catalogue import sha256_of
 from talk3d.io.clips import load_clip
 from talk3d.io.weights import load_person, load_prior
@@ -119,6 +119,11 @@ class Products:
         partial.write_text(json.dumps(self.manifest, indent=2), encoding="utf-8")
         os.replace(partial, self.path)
 
+    def leave(self) -> None:
+        """Remove the folder if nothing was made in it."""
+        if set(self.folder.iterdir()) == {self.path}:
+            shutil.rmtree(self.folder)
+
     def checkpoint(self, stage: str) -> Path:
         """Return where a stage keeps its checkpoint."""
         return self.folder / f"{stage}.checkpoint"
@@ -192,13 +197,16 @@ def build(
 
     def make_avatar() -> None:
         checkpoint = products.checkpoint("train")
-        train(load_person(person_path), load_clip(clip_path), config.train, device=device, seed=seed, progress=progress, checkpoint=checkpoint).save(
-            avatar_path
-        )
+        person, clip = load_person(person_path), load_clip(clip_path)
+        train(person, clip, config.train, device=device, seed=seed, progress=progress, checkpoint=checkpoint).save(avatar_path)
 
     stages = [
         ("track", tracked, clip_path, make_clip),
         ("personalize", personalized, person_path, make_person),
         ("train", trained, avatar_path, make_avatar),
     ]
-    return [stage for stage, key, product, work in stages if products.make(stage, key, product, work)]
+    try:
+        return [stage for stage, key, product, work in stages if products.make(stage, key, product, work)]
+    except Talk3DError:
+        products.leave()
+        raise

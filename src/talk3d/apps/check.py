@@ -12,7 +12,7 @@ from tyro.conf import arg
 
 from talk3d.apps.commands import Input, ModelFile, Output, check_input, check_output
 from talk3d.apps.terminal import Display, duration, note_findings
-from talk3d.errors import MediaError, TrackingError
+from talk3d.errors import ConfigError, MediaError, TrackingError
 from talk3d.stages.check import CheckConfig, check
 from talk3d.stages.track import TrackConfig, track
 
@@ -126,7 +126,8 @@ def plot(heading: str, across: Sequence[float], lines: Sequence[tuple[str, Seque
 
 def refusal(video: Path, report: Mapping[str, Any]) -> str:
     """One line about the first thing for which a video is refused; empty if it is not."""
-    return next((f"{video}: {line['found']}: {line['advice']}" for line in report["lines"] if line["judgement"] == "refuse"), "")
+    first = next((f"{line['found']}: {line['advice']}" for line in report["lines"] if line["judgement"] == "refuse"), "")
+    return first if not first or first.startswith(str(video)) else f"{video}: {first}"
 
 
 def reviewer(video: Path, *, yes: bool) -> Callable[[Mapping[str, Any]], None]:
@@ -163,7 +164,9 @@ def check_command(
     """
     check_input(video, "a video")
     out = out or Path(f"{video.stem}.check.html")
-    check_output(out)
+    check_output(out, video)
+    if out.suffix not in (".html", ".json"):
+        raise ConfigError(f"{out} has the ending {out.suffix!r}, a report is .html or .json: give another -o")
     with Display() as display:
         report = check(video, config, face_model=face_model, progress=display)
     write_report(video.name, report, out)
@@ -186,7 +189,7 @@ def track_command(
         yes: go on even if the capture check refuses the video.
     """
     check_input(video, "a video")
-    check_output(out, folder_with="clip.json")
+    check_output(out, video, folder_with="clip.json")
     with Display() as display:
         clip = track(video, config, face_model=face_model, progress=display, review=reviewer(video, yes=yes))
         clip.save(out)

@@ -6,6 +6,7 @@ Exit codes: 0 done, 2 something the user can mend, 130 interrupted.
 
 import difflib
 import importlib
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -89,6 +90,9 @@ def _run(name: str, arguments: list[str]) -> int:
         if missing in ("", "talk3d"):
             raise
         return _fail(f"this needs the package {missing}, which is not installed: pip install {missing}")
+    except BrokenPipeError:  # whoever reads our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except OSError as error:
         return _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
     except KeyboardInterrupt:

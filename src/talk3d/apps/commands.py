@@ -65,16 +65,19 @@ def check_input(path: Path, what: str) -> None:
         raise ConfigError(f"{path} does not exist: give the path of {what}")
 
 
-def check_output(path: Path, *, folder_with: str | None = None) -> None:
+def check_output(path: Path, *inputs: Path, folder_with: str | None = None) -> None:
     """Refuse, before any long work, a path where nothing can be written or something else would be lost.
 
     Args:
         path: where the result will go.
+        inputs: what it is made from, which must outlive it.
         folder_with: if the result is a folder, a file by which an earlier result, which may be replaced, is known.
 
     Raises:
-        ConfigError: its folder is missing or cannot be written, or something of another kind is there.
+        ConfigError: its folder is missing or cannot be written, or an input or something of another kind is there.
     """
+    if path.exists() and any(one.exists() and path.samefile(one) for one in inputs):
+        raise ConfigError(f"{path} is what the result is made from: give another -o, so that it is not lost")
     try:
         with TemporaryFile(dir=path.parent):
             pass
@@ -125,7 +128,9 @@ def _personalize() -> Callable[..., None]:
             seed: of all randomness.
         """
         check_input(clip, "a clip, made by `talk3d track`")
-        check_output(out)
+        if prior != "builtin":
+            check_input(Path(prior), "a prior, made by `talk3d pretrain`")
+        check_output(out, clip, Path(prior))
         checkpoint = checkpoint_beside(out, clip, config, "builtin" if prior == "builtin" else Path(prior), seed)
         with Display() as display:
             person = personalize(
@@ -167,7 +172,7 @@ def _train() -> Callable[..., None]:
         """
         check_input(person, "a person, made by `talk3d personalize`")
         check_input(clip, "a clip, made by `talk3d track`")
-        check_output(out)
+        check_output(out, person, clip)
         checkpoint = checkpoint_beside(out, person, clip, config, seed)
         with Display() as display:
             avatar = train(
@@ -209,7 +214,7 @@ def _build() -> Callable[..., None]:
             yes: go on even if the capture check refuses the video.
         """
         check_input(video, "a video")
-        check_output(out)
+        check_output(out, video)
         with Display() as display:
             ran = build(video, out, config, device=resolve_device(device), seed=seed, fresh=fresh, yes=yes, progress=display)
         kept = ", ".join(stage for stage in ("track", "personalize", "train") if stage not in ran)
@@ -251,7 +256,7 @@ def _animate() -> Callable[..., None]:
         if str(avatar) != "sample":
             check_input(avatar, "an avatar, made by `talk3d build`")
         check_input(audio, "a recording")
-        check_output(out)
+        check_output(out, Path(avatar), audio)
         with Display() as display:
             num_frames = write_animation(load_avatar(avatar), audio, out, config, device=resolve_device(device), progress=display)
         print(f"{out}: {num_frames} frames")
@@ -289,7 +294,7 @@ def _evaluate() -> Callable[..., None]:
         """
         check_input(avatar, "an avatar, made by `talk3d build`")
         check_input(clip, "a clip, made by `talk3d track`")
-        check_output(out)
+        check_output(out, avatar, clip)
         with Display() as display:
             report = evaluate(
                 load_avatar(avatar), load_clip(clip), config, truth=truth, face_model=face_model, device=resolve_device(device), progress=display

@@ -70,7 +70,7 @@ def pretrain_prior(
         seed: of all randomness.
     """
     check_input(dataset, "a data set folder or zip with dataset.json")
-    check_output(out)
+    check_output(out, dataset)
     checkpoint = checkpoint_beside(out, dataset, config, start, seed)
     with Display() as display, recorded(display, tensorboard) as progress:
         prior = pretrain(

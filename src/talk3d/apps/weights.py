@@ -103,7 +103,7 @@ def import_weights(
     """
     check_input(file, "a published file")
     place = file.with_suffix(".t3d") if out is None else out
-    check_output(place)
+    check_output(place, file)
     found = import_checkpoint(file, place, plane_axes=None if axes == "auto" else axes)
     if found["kind"] == "prior":
         what = (

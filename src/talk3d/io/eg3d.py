@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from talk3d.errors import WeightsError
+from talk3d.errors import ConfigError, WeightsError
 from talk3d.io.pickles import Global, Node, read_pickle, shown
 from talk3d.io.torch_files import TENSOR_GLOBALS, VALUE_GLOBALS, Values, described, items_of, map_file, naming, size_of
 from talk3d.io.weights import build, check_fit, load_strictly
@@ -62,7 +62,10 @@ def import_eg3d(path: str | Path, *, plane_axes: PlaneAxes | None = None) -> Tri
 
     Raises:
         WeightsError: no such file, damaged, unsafe, or no generator of a kind that is known; the message says which.
+        ConfigError: there are no such axes.
     """
+    if plane_axes not in (None, "fixed", "released"):
+        raise ConfigError(f"plane_axes is {plane_axes!r}, it may be 'fixed', 'released' or None: leave it out to take what the file says")
     with naming(path):
         data = map_file(Path(path))
         root = read_pickle(data, _ALLOWED).value

@@ -77,7 +77,7 @@ def load_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, An
         raise WeightsError(f"{path} is damaged or no safetensors file ({error}): save or fetch the {kind} again") from error
     if not isinstance(header, dict) or header.get("kind") != kind:
         found = header.get("kind") if isinstance(header, dict) else None
-        raise WeightsError(f"{path} holds {found or 'something else'}, expected a talk3d {kind}: give the file that makes a {kind}")
+        raise WeightsError(f"{path} holds {found or 'something else'}, expected a talk3d {kind}: give the path of a saved {kind}")
     fields = HEADER_FIELDS.get(kind, {})
     missing = sorted(fields.keys() - header.keys()) or sorted(name for name in fields if not isinstance(header[name], fields[name]))
     if missing:
