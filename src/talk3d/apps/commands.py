@@ -65,6 +65,16 @@ def check_input(path: Path, what: str) -> None:
         raise ConfigError(f"{path} does not exist: give the path of {what}")
 
 
+def check_prior(prior: str) -> None:
+    """Refuse a prior that does not exist; the word builtin is the shipped one.
+
+    Raises:
+        ConfigError: there is nothing at the path.
+    """
+    if prior != "builtin":
+        check_input(Path(prior), "a prior, made by `talk3d pretrain`")
+
+
 def check_output(path: Path, *inputs: Path, folder_with: str | None = None) -> None:
     """Refuse, before any long work, a path where nothing can be written or something else would be lost.
 
@@ -128,8 +138,7 @@ def _personalize() -> Callable[..., None]:
             seed: of all randomness.
         """
         check_input(clip, "a clip, made by `talk3d track`")
-        if prior != "builtin":
-            check_input(Path(prior), "a prior, made by `talk3d pretrain`")
+        check_prior(prior)
         check_output(out, clip, Path(prior))
         checkpoint = checkpoint_beside(out, clip, config, "builtin" if prior == "builtin" else Path(prior), seed)
         with Display() as display:

@@ -9,7 +9,7 @@ from tyro.conf import Positional, arg
 
 from talk3d import presets
 from talk3d.apps.build import checkpoint_beside, remove_checkpoints
-from talk3d.apps.commands import Device, Input, Output, check_input, check_output, resolve_device
+from talk3d.apps.commands import Device, Input, Output, check_input, check_output, check_prior, resolve_device
 from talk3d.apps.terminal import Display
 from talk3d.errors import ConfigError
 from talk3d.io.weights import load_prior
@@ -105,8 +105,7 @@ def show(
         device: where to render.
         seed: which people.
     """
-    if prior != "builtin":
-        check_input(Path(prior), "a prior, made by `talk3d pretrain`")
+    check_prior(prior)
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{out} is a file: give a folder as -o")
     check_output(out / "grid.png") if out.is_dir() else check_output(out)
