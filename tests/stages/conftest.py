@@ -1,6 +1,7 @@
 """An avatar whose pictures are known in closed form, so that what stands round the model can be tested by value."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,9 +9,11 @@ import pytest
 import torch
 from torch import nn
 
+from talk3d.errors import WeightsError
 from talk3d.models.avatar import Avatar, Performance, PersonalizedGenerator, Prior
 from talk3d.models.generator import TriplaneGenerator
 from talk3d.ops.geometry import head_camera
+from talk3d.perception.landmarks import RegistryFaceModel
 from talk3d.presets import TINY, TINY_AVATAR
 from talk3d.types import AudioFeatures, Camera, Clip, Driving, FaceMasks, FaceTrack, Rendering, Waveform
 
@@ -184,3 +187,13 @@ def prior() -> Prior:
     ws = generator.mapping(torch.randn(200, TINY.z_dim))[:, 0]
     generator.mapping_network.w_avg.copy_(ws.detach().mean(0))
     return Prior(generator=generator, w_std=float(ws.detach().std(0).mean()), provenance={"dataset": "none"})
+
+
+@pytest.fixture(scope="session")
+def person_11(shared: Path) -> Path:
+    """Folder of an invented person's film, where there are face models to track it with."""
+    try:
+        RegistryFaceModel()
+    except WeightsError as error:
+        pytest.skip(f"the face models are neither cached nor to be had: {error}")
+    return shared / "data" / "clips" / "person_11"

@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from talk3d.errors import ConfigError, MediaError, WeightsError
+from talk3d.errors import ConfigError, MediaError
 from talk3d.io.media import VideoWriter, read_audio, read_video
-from talk3d.perception.landmarks import RegistryFaceModel
 from talk3d.stages.check import CheckConfig, check, sampled_frames
 from talk3d.types import Waveform
 
@@ -20,12 +19,8 @@ FPS = 25
 
 
 @pytest.fixture(scope="module")
-def person(shared: Path) -> Path:
-    try:
-        RegistryFaceModel()
-    except WeightsError as error:
-        pytest.skip(f"the face models are neither cached nor to be had: {error}")
-    return shared / "data" / "clips" / "person_11" / "video.mp4"
+def person(person_11: Path) -> Path:
+    return person_11 / "video.mp4"
 
 
 @pytest.fixture(scope="module")

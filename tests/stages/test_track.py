@@ -9,13 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from talk3d.errors import ConfigError, MediaError, TrackingError, WeightsError
+from talk3d.errors import ConfigError, MediaError, TrackingError
 from talk3d.io.clips import load_clip
 from talk3d.io.media import VideoWriter, read_audio, read_video
 from talk3d.ops.geometry import fit_similarity, head_camera, project, view_angles
 from talk3d.perception.facetemplate import load_template
 from talk3d.perception.headpose import solve_head_pose
-from talk3d.perception.landmarks import RegistryFaceModel
 from talk3d.perception.parsing import REGIONS
 from talk3d.stages import track as tracking
 from talk3d.types import Clip, Waveform
@@ -24,12 +23,8 @@ NUM_FRAMES = 75
 
 
 @pytest.fixture(scope="module")
-def person(shared: Path) -> Path:
-    try:
-        RegistryFaceModel()
-    except WeightsError as error:
-        pytest.skip(f"the face models are neither cached nor to be had: {error}")
-    return shared / "data" / "clips" / "person_11"
+def person(person_11: Path) -> Path:
+    return person_11
 
 
 @pytest.fixture(scope="module")
