@@ -89,3 +89,18 @@ def test_the_person_can_be_frozen(prior: Prior) -> None:
     assert person.provenance == {"made": "here"}
     with torch.no_grad():
         torch.testing.assert_close(person.identity, found.generator.triplane(found.person).planes)
+
+
+def test_the_generator_that_shows_the_validation_views_best_is_kept(prior: Prior) -> None:
+    ws = prior.generator.mapping(torch.randn(1, 8))
+    views, _ = painted(prior, ws, torch.zeros(3, dtype=torch.long))
+    seen: list[dict[str, float]] = []
+    config = replace(SHORT, tuning_steps=6, tuning_rate=0.5, validation_every=2)
+    kept = invert(prior, replace(views, validation=views), config, progress=lambda _s, _n, _t, values: seen.append(dict(values)))
+    with torch.no_grad():
+        image = kept.generator.render(kept.person.expand(3, -1, -1), views.cameras).image
+    errors = [values["validation"] for values in seen if "validation" in values]
+    found = (image - views.target.image).abs().mean().item()
+    assert errors and found <= min(errors) + 1e-5
+    gentle = invert(prior, views, replace(SHORT, tuning_rate=1e-6))
+    assert 0 <= gentle.drift < 0.01 < kept.drift and seen[-1] == {"drift": kept.drift}

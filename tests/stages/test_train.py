@@ -15,11 +15,11 @@ import torch
 from talk3d.errors import ConfigError, WeightsError
 from talk3d.models.avatar import Avatar, PersonalizedGenerator, Prior
 from talk3d.presets import BUILTIN256, TINY
-from talk3d.stages.train import TrainConfig, avatar_sizes, background_plate, train
-from talk3d.training.losses import premultiply
+from talk3d.stages.train import TrainConfig, avatar_sizes, background_plate, even_out, finer, picture_error, train
+from talk3d.training.losses import MouthShapes, premultiply
 from talk3d.types import Clip, FaceMasks
 
-SHORT = TrainConfig(steps=10, frames_per_step=2, listening_steps=3, listening_frames=4)
+SHORT = TrainConfig(steps=10, frames_per_step=2, listening_steps=3, listening_frames=4, reading_steps=3)
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def test_it_learns_the_clip_and_listens(person: PersonalizedGenerator, clip: Cli
     untrained = train(copy.deepcopy(person), clip, replace(SHORT, steps=1, renderer_rate=0.0, identity_rate=0.0, learning_rate=0.0))
     avatar = train(person, clip, config, progress=listen)
     assert error(avatar, clip, frames) < 0.85 * error(untrained, clip, frames)
-    lesson = [values["mouth"] for stage, values in heard if stage == "listen"]
+    lesson = [values["hearing"] for stage, values in heard if stage == "listen"]
     assert lesson[-1] < lesson[0]
     losses = [values for stage, values in heard if stage == "train"]
     assert losses[-1]["image"] < 0.85 * losses[0]["image"]
@@ -106,6 +106,57 @@ def test_a_stopped_run_continues_exactly(person: PersonalizedGenerator, clip: Cl
     resumed = train(copy.deepcopy(person), clip, SHORT, seed=3, checkpoint=tmp_path / "check")
     for name, value in whole.state_dict().items():
         assert resumed.state_dict()[name].equal(value), name
+
+
+def test_the_finer_person_has_the_same_weights_and_more_rays(person: PersonalizedGenerator, clip: Clip) -> None:
+    fine = finer(person)
+    config, before = fine.renderer.renderer_config, person.renderer.renderer_config
+    assert config.neural_rendering_resolution == 2 * before.neural_rendering_resolution and config.superresolution.up == (False, True)
+    assert config.depth_resolution == before.depth_resolution // 2
+    assert config.superresolution.output_side == before.superresolution.output_side == 64
+    assert all(value.equal(fine.state_dict()[name]) for name, value in person.state_dict().items())
+    camera = clip.track.cameras[:1]
+    with torch.no_grad():
+        one, other = (model.render(model.triplane, camera) for model in (person, fine))
+    assert other.image.shape == one.image.shape and other.raw.shape[-1] == 2 * one.raw.shape[-1]
+    assert finer(fine).renderer.renderer_config == config  # nothing is left to double
+    plain = train(person, clip, replace(SHORT, steps=1, finer=False))
+    assert plain.personalized.renderer.renderer_config == before
+
+
+def test_validation_frames_are_not_learnt_from_and_choose_what_is_kept(person: PersonalizedGenerator, clip: Clip) -> None:
+    frames, config = clip.frames.copy(), replace(SHORT, steps=2, validation_share=0.3)
+    frames[9:] = 255  # three of twelve
+    one, other = (train(copy.deepcopy(person), c, config) for c in (clip, dataclasses.replace(clip, frames=frames)))
+    changed = [name for name, value in one.state_dict().items() if not value.equal(other.state_dict()[name])]
+    assert changed in ([], ["background"])
+    seen: list[float] = []
+
+    def listen(stage: str, step: int, total: int, values: Mapping[str, float]) -> None:
+        seen.extend([values["validation"]] if "validation" in values else [])
+
+    wild = replace(config, steps=10, validation_every=5, learning_rate=0.3, identity_rate=0.3, renderer_rate=0.3, average_decay=0.0)
+    kept = train(copy.deepcopy(person), clip, wild, progress=listen)
+    assert len(seen) == 2
+    found = float(picture_error(kept, clip, torch.arange(9, 12), "cpu"))
+    assert found == pytest.approx(min(seen), rel=1e-4)
+    with pytest.raises(ConfigError, match="a share below 1"):
+        TrainConfig(validation_share=1.0)
+
+
+def test_what_is_heard_is_raised_to_the_spread_of_what_was(person: PersonalizedGenerator, clip_of: Callable[..., Clip]) -> None:
+    clip = clip_of(32)
+    avatar = train(person, dataclasses.replace(clip, num_training_frames=24), replace(SHORT, steps=1))
+    head, frames = avatar.conditioner.mouth_head, torch.arange(32)
+    with torch.no_grad():
+        heard = head(avatar.conditioner.audio_token(clip.audio.around(frames)))
+        values = 1.3 * (heard - heard.mean(0))
+        values[:, 1] = 9 * torch.randn(32)  # nothing of this one is heard
+        even_out(avatar, clip, MouthShapes(values=values, importance=torch.ones(8) / 8), frames)
+        after = head(avatar.conditioner.audio_token(clip.audio.around(frames)))
+    gains = after.std(0) / heard.std(0)
+    torch.testing.assert_close(gains[[0, 2, 3]], torch.full((3,), 1.3), rtol=1e-3, atol=0)
+    assert gains[1] == pytest.approx(1, abs=1e-4)
 
 
 def test_the_person_of_another_video_is_refused(person: PersonalizedGenerator, clip: Clip) -> None:

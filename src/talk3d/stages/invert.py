@@ -21,7 +21,7 @@ from talk3d.errors import ConfigError
 from talk3d.models.avatar import PersonalizedGenerator, Prior
 from talk3d.models.generator import TriplaneGenerator
 from talk3d.ops.geometry import head_camera
-from talk3d.training.loop import Loop, cosine_decay
+from talk3d.training.loop import Best, Loop, cosine_decay
 from talk3d.training.losses import LOSS_WEIGHTS, PictureTarget, picture_losses, weighted_sum
 from talk3d.types import Camera, Progress, silent
 
@@ -48,10 +48,12 @@ class InversionConfig:
     """Of the change of heads near the person while tuning."""
     locality_every: int = 3
     """Every which tuning step that change is measured."""
+    validation_every: int = 25
+    """Every which tuning step the views kept for validation are looked at, where there are any."""
 
     def __post_init__(self) -> None:
         """Refuse numbers that cannot work."""
-        if min(self.frames_per_step, self.inversion_steps, self.tuning_steps, self.locality_every) < 1:
+        if min(self.frames_per_step, self.inversion_steps, self.tuning_steps, self.locality_every, self.validation_every) < 1:
             raise ConfigError("inversion counts frames and steps from 1: give positive numbers")
 
 
@@ -67,6 +69,8 @@ class Views:
     """Pictures of one number, counted from 0, show the same moment."""
     emphasis: Float[Tensor, "k 1 h w"] | None = None
     """How much each pixel counts, mean about 1; None means all the same."""
+    validation: "Views | None" = None
+    """Further pictures, not learnt from: the tuned generator that shows them best is kept. None keeps the last."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +83,8 @@ class Inversion:
     """Style rows of the person at the mean of the moments."""
     moments: Float[Tensor, "m n w"]
     """Style rows of every moment."""
+    drift: float
+    """How far tuning moved heads of others: mean absolute change of random heads' raw pictures and mattes, in [-1, 1] and [0, 1]."""
 
     def personalized(self, provenance: Mapping[str, object]) -> PersonalizedGenerator:
         """Freeze the generator at the person's style rows."""
@@ -127,12 +133,29 @@ def invert(
     """
     config = config or InversionConfig()
     search = _Search(prior, views, config, device=device, seed=seed)
-    loop = Loop(modules=search.modules, optimizers=search.optimizers, generators=search.generators, checkpoint=checkpoint)
-    loop.run(stage, config.inversion_steps + config.tuning_steps, search.step, progress)
+    best = Best(search.generator)
+    total = config.inversion_steps + config.tuning_steps
+
+    def step(number: int) -> dict[str, Float[Tensor, ""]]:
+        terms = search.step(number)
+        tuned = number + 1 - config.inversion_steps
+        if number + 1 == total or (tuned > 0 and tuned % config.validation_every == 0):
+            error = None if views.validation is None else search.error(views.validation)
+            best.consider(search.generator, error)
+            terms |= {} if error is None else {"validation": error}
+        return terms
+
+    modules = search.modules | {"best": best}
+    loop = Loop(modules=modules, optimizers=search.optimizers, generators=search.generators, checkpoint=checkpoint)
+    loop.run(stage, total, step, progress)
+    generator = best.module.requires_grad_(True)
+    assert isinstance(generator, TriplaneGenerator)
     with torch.no_grad():
         moments = search.codes.rows(torch.arange(len(search.codes.start), device=device))
         person = search.codes.person_rows()
-    return Inversion(generator=search.generator.cpu(), person=person.cpu(), moments=moments.cpu())
+    drift = search.drift(generator)
+    progress(stage, total, total, {"drift": drift})
+    return Inversion(generator=generator.cpu(), person=person.cpu(), moments=moments.cpu(), drift=drift)
 
 
 class _Codes(nn.Module):
@@ -208,6 +231,24 @@ class _Search:
             fraction, rate, name = (number - config.inversion_steps) / config.tuning_steps, config.tuning_rate, "generator"
         for group in self.optimizers[name].param_groups:
             group["lr"] = rate * cosine_decay(fraction, 0.1) * min(1.0, 0.1 + fraction / 0.05)
+
+    def error(self, views: Views) -> Float[Tensor, ""]:
+        """Mean absolute error of pictures of the person at the mean of the moments."""
+        rows = self.codes.person_rows().expand(len(views.cameras), -1, -1)
+        emphasis = 1.0 if views.emphasis is None else views.emphasis.to(self.device)
+        with torch.no_grad():
+            image = self.generator.render_triplane(self.generator.triplane(rows), rows[:, -1], views.cameras.to(self.device)).image
+        return ((image - views.target.image.to(self.device)).abs() * emphasis).mean()
+
+    def drift(self, generator: TriplaneGenerator, count: int = 8) -> float:
+        """Change of random heads, each from a random side, between this generator and the prior's."""
+        choice = torch.Generator().manual_seed(0)
+        z = torch.randn(count, generator.config.z_dim, generator=choice).to(self.device)
+        camera = head_camera((torch.rand(count, 3, generator=choice) * 2 - 1) * torch.tensor([0.5, 0.2, 0.0])).to(self.device)
+        with torch.no_grad():
+            ws = self.reference.mapping(z, camera.to_label() if generator.config.c_dim else None)
+            now, before = (self._raw(one, ws, camera) for one in (generator, self.reference))
+        return float(F.l1_loss(now[0], before[0]) + F.l1_loss(now[1], before[1]))
 
     def _locality(self) -> Float[Tensor, ""]:
         """Change of the raw picture of a head between the person and a random one, from a random side."""
