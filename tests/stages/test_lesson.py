@@ -21,7 +21,7 @@ QUICK = LessonConfig(steps=4, listening_steps=1, listening_frames=4, reading_ste
 def avatar(prior: Prior, clip: Clip) -> Avatar:
     ws = prior.generator.mapping(torch.randn(1, 8))
     person = PersonalizedGenerator.from_generator(prior.generator, ws, {"source_sha256": clip.source_sha256})
-    return train(person, clip, TrainConfig(steps=1, listening_steps=1, listening_frames=4, reading_steps=1))
+    return train(person, clip, TrainConfig(steps=1, listening_steps=1, listening_frames=4, reading_steps=1)).requires_grad_(True)
 
 
 def terms(avatar: Avatar, clip: Clip, config: LessonConfig, num_frames: int = 11) -> dict[str, float]:

@@ -15,7 +15,7 @@ import torch
 from talk3d.errors import ConfigError, WeightsError
 from talk3d.models.avatar import Avatar, PersonalizedGenerator, Prior
 from talk3d.presets import BUILTIN256, TINY
-from talk3d.stages.train import TrainConfig, avatar_sizes, background_plate, even_out, finer, picture_error, train
+from talk3d.stages.train import TrainConfig, avatar_sizes, background_plate, even_out, picture_error, train, with_rays
 from talk3d.training.losses import MouthShapes, premultiply
 from talk3d.types import Clip, FaceMasks
 
@@ -49,7 +49,7 @@ def test_it_learns_the_clip_and_listens(person: PersonalizedGenerator, clip: Cli
         heard.append((stage, dict(values)))
 
     frames = torch.arange(12)
-    plain = replace(SHORT, mouth_emphasis=0.0, face_emphasis=0.0, listening_steps=40, listening_frames=8)
+    plain = replace(SHORT, mouth_emphasis=0.0, face_emphasis=0.0, listening_steps=80, listening_frames=24, audio_noise=0.0)
     config = replace(plain, steps=40, renderer_rate=1e-2, identity_rate=2e-2, average_decay=0.8)
     untrained = train(copy.deepcopy(person), clip, replace(SHORT, steps=1, renderer_rate=0.0, identity_rate=0.0, learning_rate=0.0))
     avatar = train(person, clip, config, progress=listen)
@@ -108,20 +108,18 @@ def test_a_stopped_run_continues_exactly(person: PersonalizedGenerator, clip: Cl
         assert resumed.state_dict()[name].equal(value), name
 
 
-def test_the_finer_person_has_the_same_weights_and_more_rays(person: PersonalizedGenerator, clip: Clip) -> None:
-    fine = finer(person)
-    config, before = fine.renderer.renderer_config, person.renderer.renderer_config
-    assert config.neural_rendering_resolution == 2 * before.neural_rendering_resolution and config.superresolution.up == (False, True)
-    assert config.depth_resolution == before.depth_resolution // 2
-    assert config.superresolution.output_side == before.superresolution.output_side == 64
+def test_the_same_person_is_seen_with_more_rays(person: PersonalizedGenerator, clip: Clip) -> None:
+    fine, before = with_rays(person, 24, 4), person.renderer.renderer_config
+    config = fine.renderer.renderer_config
+    assert config == replace(before, neural_rendering_resolution=24, depth_resolution=4, depth_resolution_importance=4)
     assert all(value.equal(fine.state_dict()[name]) for name, value in person.state_dict().items())
-    camera = clip.track.cameras[:1]
     with torch.no_grad():
-        one, other = (model.render(model.triplane, camera) for model in (person, fine))
-    assert other.image.shape == one.image.shape and other.raw.shape[-1] == 2 * one.raw.shape[-1]
-    assert finer(fine).renderer.renderer_config == config  # nothing is left to double
-    plain = train(person, clip, replace(SHORT, steps=1, finer=False))
-    assert plain.personalized.renderer.renderer_config == before
+        one, other = (model.render(model.triplane, clip.track.cameras[:1]) for model in (person, fine))
+    assert other.image.shape == one.image.shape and other.raw.shape[-1] == 24
+    assert with_rays(person, None, None).renderer.renderer_config == before
+    assert train(person, clip, replace(SHORT, steps=1, rays=24)).personalized.renderer.renderer_config.neural_rendering_resolution == 24
+    with pytest.raises(ConfigError, match="positive numbers"):
+        TrainConfig(rays=-1)
 
 
 def test_validation_frames_are_not_learnt_from_and_choose_what_is_kept(person: PersonalizedGenerator, clip: Clip) -> None:

@@ -263,6 +263,6 @@ class _Search:
         now, before = (self._raw(generator, ws, camera) for generator in (self.generator, self.reference))
         return F.l1_loss(now[0], before[0].detach()) + F.l1_loss(now[1], before[1].detach())
 
-    def _raw(self, generator: TriplaneGenerator, ws: Float[Tensor, "1 n w"], camera: Camera) -> tuple[Tensor, Tensor]:
+    def _raw(self, generator: TriplaneGenerator, ws: Float[Tensor, "b n w"], camera: Camera) -> tuple[Tensor, Tensor]:
         rendering = generator.render_triplane(generator.triplane(ws), ws[:, -1], camera, neural_rendering_resolution=32)
         return rendering.raw, rendering.raw_alpha

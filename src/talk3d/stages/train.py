@@ -6,7 +6,6 @@ picture becomes as sharp as the video.
 Reference: Talk3D (arXiv 2403.20153), section 3.4.
 """
 
-import copy
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,8 +34,10 @@ MAX_VALIDATION = 50
 class TrainConfig(LessonConfig):
     """How long and how hard to train, and which avatar of the training is kept."""
 
-    finer: bool = True
-    """Whether the person is rendered with twice the rays a side that the prior has, half the samples each, and enlarged half as much."""
+    rays: int | None = None
+    """Rays a side of the person's pictures; None takes the prior's."""
+    samples: int | None = None
+    """Samples on each ray, at even distances, and as many more where those found something; None takes the prior's."""
     validation_share: float = 0.06
     """Of the training part, its last frames (50 at most): not learnt from; they choose what is kept."""
     validation_every: int = 200
@@ -47,8 +48,8 @@ class TrainConfig(LessonConfig):
         super().__post_init__()
         if not 0 <= self.validation_share < 1:
             raise ConfigError(f"validation_share is a share below 1, got {self.validation_share}: give a number from 0 to 0.5")
-        if self.validation_every < 1:
-            raise ConfigError("validation_every counts steps from 1: give a positive number")
+        if min(self.validation_every, self.rays or 1, self.samples or 1) < 1:
+            raise ConfigError("train counts rays, samples and steps between validations from 1: give positive numbers")
 
 
 def avatar_sizes(renderer: RendererConfig, audio_channels: int = ConditioningConfig.audio_channels) -> AvatarConfig:
@@ -173,7 +174,7 @@ def _new_avatar(person: PersonalizedGenerator, clip: Clip, config: TrainConfig, 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         avatar = Avatar(
-            personalized=finer(person) if config.finer else copy.deepcopy(person),
+            personalized=with_rays(person, config.rays, config.samples),
             config=avatar_sizes(person.renderer.renderer_config, clip.audio.values.shape[-1]),
             performance=performance,
             background=background_plate(clip),
@@ -185,23 +186,15 @@ def _new_avatar(person: PersonalizedGenerator, clip: Clip, config: TrainConfig, 
     return avatar
 
 
-def finer(person: PersonalizedGenerator) -> PersonalizedGenerator:
-    """Return the person rendered with twice the rays a side, half the samples on each, and enlarged half as much; weights stay as they are.
-
-    One person's planes hold more than the prior's few rays can show, and what the rays do not see super-resolution would have to invent. Where the
-    first block of super-resolution does not double the sides, a copy is returned.
-    """
+def with_rays(person: PersonalizedGenerator, rays: int | None, samples: int | None) -> PersonalizedGenerator:
+    """Return a copy of the person that is rendered with so many rays a side and samples on each; None leaves a number as it is."""
     config = person.renderer.renderer_config
-    sizes = config.superresolution
-    if sizes.up[0]:
-        sizes = dataclasses.replace(sizes, input_side=2 * sizes.input_side, up=(False, sizes.up[1]))
-        config = dataclasses.replace(
-            config,
-            neural_rendering_resolution=sizes.input_side,
-            depth_resolution=max(1, config.depth_resolution // 2),
-            depth_resolution_importance=config.depth_resolution_importance // 2,
-            superresolution=sizes,
-        )
+    config = dataclasses.replace(
+        config,
+        neural_rendering_resolution=rays or config.neural_rendering_resolution,
+        depth_resolution=samples or config.depth_resolution,
+        depth_resolution_importance=samples or config.depth_resolution_importance,
+    )
     result = PersonalizedGenerator(config, person.provenance)
     result.load_state_dict(person.state_dict())
     return result.to(person.identity.device).eval()
