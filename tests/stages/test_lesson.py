@@ -14,7 +14,7 @@ from talk3d.stages.lesson import Lesson, LessonConfig, LossWeights, structure_lo
 from talk3d.stages.train import TrainConfig, train
 from talk3d.types import Clip
 
-QUICK = LessonConfig(steps=4, listening_steps=1, listening_frames=4, reading_steps=2)
+QUICK = LessonConfig(steps=4, listening_steps=1, listening_frames=4, reading_steps=2, weights=LossWeights(structure=0.3, lips=0.02))
 
 
 @pytest.fixture

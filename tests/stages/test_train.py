@@ -49,13 +49,13 @@ def test_it_learns_the_clip_and_listens(person: PersonalizedGenerator, clip: Cli
         heard.append((stage, dict(values)))
 
     frames = torch.arange(12)
-    plain = replace(SHORT, mouth_emphasis=0.0, face_emphasis=0.0, listening_steps=80, listening_frames=24, audio_noise=0.0)
+    plain = replace(SHORT, mouth_emphasis=0.0, face_emphasis=0.0, listening_steps=160, listening_frames=12, audio_noise=0.0)
     config = replace(plain, steps=40, renderer_rate=1e-2, identity_rate=2e-2, average_decay=0.8)
     untrained = train(copy.deepcopy(person), clip, replace(SHORT, steps=1, renderer_rate=0.0, identity_rate=0.0, learning_rate=0.0))
     avatar = train(person, clip, config, progress=listen)
     assert error(avatar, clip, frames) < 0.85 * error(untrained, clip, frames)
     lesson = [values["hearing"] for stage, values in heard if stage == "listen"]
-    assert lesson[-1] < lesson[0]
+    assert min(lesson[-2:]) < 0.7 * max(lesson[:3])
     losses = [values for stage, values in heard if stage == "train"]
     assert losses[-1]["image"] < 0.85 * losses[0]["image"]
     assert not avatar.training and avatar.resolution == 64 and (avatar.fps, avatar.audio_source) == (25.0, "logmel64")
