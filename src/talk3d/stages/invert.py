@@ -33,11 +33,11 @@ class InversionConfig:
 
     frames_per_step: int = 2
     """Pictures compared in one step."""
-    inversion_steps: int = 150
+    inversion_steps: int = 80
     """Steps of the search for the codes."""
     inversion_rate: float = 0.05
     """Adam's learning rate of the codes."""
-    tuning_steps: int = 250
+    tuning_steps: int = 160
     """Steps of tuning the generator."""
     tuning_rate: float = 1e-3
     """Adam's learning rate of the generator at the start of tuning."""

@@ -35,9 +35,10 @@ class TrainConfig(LessonConfig):
     """How long and how hard to train, and which avatar of the training is kept."""
 
     rays: int | None = None
-    """Rays a side of the person's pictures; None takes the prior's."""
+    """Rays a side of the person's pictures; None takes half as many again as the prior, as far as super-resolution takes them as they are."""
     samples: int | None = None
-    """Samples on each ray, at even distances, and as many more where those found something; None takes the prior's."""
+    """Samples on each ray, at even distances, and as many more where those found something; None takes the prior's, five of eight if
+    there are more rays."""
     validation_share: float = 0.06
     """Of the training part, its last frames (50 at most): not learnt from; they choose what is kept."""
     validation_every: int = 200
@@ -174,7 +175,7 @@ def _new_avatar(person: PersonalizedGenerator, clip: Clip, config: TrainConfig, 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         avatar = Avatar(
-            personalized=with_rays(person, config.rays, config.samples),
+            personalized=with_rays(person, *_rays_and_samples(person.renderer.renderer_config, config)),
             config=avatar_sizes(person.renderer.renderer_config, clip.audio.values.shape[-1]),
             performance=performance,
             background=background_plate(clip),
@@ -184,6 +185,12 @@ def _new_avatar(person: PersonalizedGenerator, clip: Clip, config: TrainConfig, 
         )
     avatar.predictor.scale.copy_(person.identity.detach().std())
     return avatar
+
+
+def _rays_and_samples(prior: RendererConfig, config: TrainConfig) -> tuple[int, int]:
+    usual = prior.neural_rendering_resolution
+    rays = config.rays or max(usual, min(3 * usual // 2, prior.superresolution.input_side))
+    return rays, config.samples or (prior.depth_resolution if rays <= usual else -(-5 * prior.depth_resolution // 8))
 
 
 def with_rays(person: PersonalizedGenerator, rays: int | None, samples: int | None) -> PersonalizedGenerator:
