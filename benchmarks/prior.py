@@ -24,11 +24,10 @@ from talk3d.io.heads import load_heads
 from talk3d.io.weights import load_prior
 from talk3d.metrics.image import psnr
 from talk3d.models.avatar import Prior
-from talk3d.models.generator import TriplaneGenerator
 from talk3d.ops.rays import camera_rays
-from talk3d.stages.invert import InversionConfig, Views, guess_codes, invert
+from talk3d.stages.invert import Inversion, InversionConfig, Views, guess_codes, invert
 from talk3d.training.losses import PictureTarget, target_from_rgba
-from talk3d.types import Camera, Rendering
+from talk3d.types import Camera, Rendering, Triplane
 
 HEAD_DEPTH = 0.531
 """From the tip of the nose to the back of the mean head, scene units."""
@@ -63,12 +62,14 @@ def load_people(folder: Path, side: int) -> list[Person]:
     return people
 
 
-def render_all(generator: TriplaneGenerator, rows: torch.Tensor, cameras: Camera, device: str, rays: int | None = None) -> Rendering:
+def render_all(head: Inversion, cameras: Camera, device: str, rays: int | None = None) -> Rendering:
     """Render one head from all cameras, one after the other."""
-    generator = generator.to(device)
+    generator, rows = head.generator.to(device), head.person.to(device)
     with torch.no_grad():
+        painted = generator.triplane(rows)
+        planes = Triplane(planes=painted.planes + head.own.to(device), axes=painted.axes)
         one = {"neural_rendering_resolution": rays}
-        parts = [generator.render(rows.to(device), cameras[i : i + 1].to(device), **one) for i in range(len(cameras))]
+        parts = [generator.render_triplane(planes, rows[:, -1], cameras[i : i + 1].to(device), **one) for i in range(len(cameras))]
     fields = {field.name: torch.cat([getattr(part, field.name) for part in parts]).cpu() for field in dataclasses.fields(Rendering)}
     return Rendering(**fields)
 
@@ -86,10 +87,10 @@ def depth_errors(rendering: Rendering, person: Person) -> np.ndarray:
     return (error.sum((1, 2)) / head.sum((1, 2)) / HEAD_DEPTH).numpy()
 
 
-def scores(generator: TriplaneGenerator, rows: torch.Tensor, person: Person, device: str) -> tuple[dict[str, list[float]], torch.Tensor]:
+def scores(head: Inversion, person: Person, device: str) -> tuple[dict[str, list[float]], torch.Tensor]:
     """PSNR and depth error of every view, and the pictures."""
-    rendering = render_all(generator, rows, person.cameras, device)
-    shape = render_all(generator, rows, person.cameras, device, DEPTH_SIDE)
+    rendering = render_all(head, person.cameras, device)
+    shape = render_all(head, person.cameras, device, DEPTH_SIDE)
     mask = torch.maximum(person.target.alpha, rendering.alpha.clamp(0, 1))
     found = psnr(((rendering.image + 1) / 2).clamp(0, 1), (person.target.image + 1) / 2, mask)
     return {"psnr": found.tolist(), "depth": depth_errors(shape, person).tolist()}, rendering.image.clamp(-1, 1)
@@ -115,10 +116,11 @@ def measure(index: int) -> tuple[dict[str, dict[str, list[float]]], np.ndarray]:
     for name, count in CASES.items():
         views = person.views(count)
         guess = guess_codes(prior, views)[:, None].expand(-1, prior.generator.num_ws, -1)
-        results[f"{name}, guess"], _ = scores(prior.generator, guess, person, device)
+        guessed = Inversion(generator=prior.generator, own=torch.zeros(1, 3, 1, 1, 1), person=guess[:1], moments=guess, drift=0.0)
+        results[f"{name}, guess"], _ = scores(guessed, person, device)
         prior.generator.to("cpu")
         inversion = invert(prior, views, config, device=device)
-        results[name], pictures = scores(inversion.generator, inversion.person, person, device)
+        results[name], pictures = scores(inversion, person, device)
         strips.append(pictures)
     rows = [torch.cat(list(strip[[0, *range(len(FIT), len(VIEWS))]]), -1) for strip in strips]
     picture = torch.cat(rows, -2).permute(1, 2, 0)  # h w c

@@ -35,13 +35,13 @@ TINY_AVATAR = AvatarConfig(
 )
 
 BUILTIN256 = GeneratorConfig(
-    z_dim=128,
+    z_dim=256,
     c_dim=0,
     mapping_layers=0,
     channel_base=8192,
-    channel_max=256,
+    channel_max=320,
     renderer=RendererConfig(
-        w_dim=256,
+        w_dim=384,
         plane_channels=24,
         plane_resolution=128,
         decoder_hidden=32,
@@ -49,7 +49,7 @@ BUILTIN256 = GeneratorConfig(
         neural_rendering_resolution=64,
         depth_resolution=16,
         depth_resolution_importance=16,
-        superresolution=SuperresolutionConfig(input_side=64, channels=(32, 16), matte=True),
+        superresolution=SuperresolutionConfig(input_side=128, channels=(32, 16), up=(False, True), matte=True),
     ),
 )
 

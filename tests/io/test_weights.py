@@ -333,7 +333,7 @@ def test_a_missing_file_is_said_so(tmp_path: Path) -> None:
 def test_the_builtin_prior_is_a_head() -> None:
     prior = load_prior()
     assert prior.generator.config == BUILTIN256 and prior.w_std > 0
-    ws = prior.generator.mapping(torch.zeros(1, 128) + 1e-3, truncation_psi=0.0)
+    ws = prior.generator.mapping(torch.zeros(1, 256) + 1e-3, truncation_psi=0.0)
     with torch.no_grad():
         rendering = prior.generator.render(ws, head_camera(torch.zeros(1, 3)), neural_rendering_resolution=24)
     alpha = rendering.raw_alpha[0, 0]

@@ -88,4 +88,33 @@ def test_the_person_can_be_frozen(prior: Prior) -> None:
     person = found.personalized({"made": "here"})
     assert person.provenance == {"made": "here"}
     with torch.no_grad():
-        torch.testing.assert_close(person.identity, found.generator.triplane(found.person).planes)
+        torch.testing.assert_close(person.identity, found.generator.triplane(found.person).planes + found.own)
+
+
+def test_the_generator_that_shows_the_validation_views_best_is_kept(prior: Prior) -> None:
+    ws = prior.generator.mapping(torch.randn(1, 8))
+    views, _ = painted(prior, ws, torch.zeros(3, dtype=torch.long))
+    seen: list[dict[str, float]] = []
+    config = replace(SHORT, tuning_steps=6, tuning_rate=0.5, validation_every=2)
+    kept = invert(prior, replace(views, validation=views), config, progress=lambda _s, _n, _t, values: seen.append(dict(values)))
+    with torch.no_grad():
+        image = kept.generator.render(kept.person.expand(3, -1, -1), views.cameras).image
+    errors = [values["validation"] for values in seen if "validation" in values]
+    found = (image - views.target.image).abs().mean().item()
+    assert errors and found <= min(errors) + 1e-5
+    gentle = invert(prior, views, replace(SHORT, tuning_rate=1e-6))
+    assert 0 <= gentle.drift < 0.01 < kept.drift and seen[-1] == {"drift": kept.drift}
+
+
+def test_what_is_the_persons_own_sharpens_what_tuning_shows(prior: Prior) -> None:
+    views, _ = painted(prior, prior.generator.mapping(torch.randn(1, 8)), torch.zeros(3, dtype=torch.long))
+    noisy = replace(views, target=PictureTarget(image=(views.target.image + 0.3 * torch.randn_like(views.target.image)).clamp(-1, 1), alpha=views.target.alpha))
+    errors = []
+    for rate in (0.0, 0.1):
+        found = invert(prior, noisy, replace(SHORT, tuning_steps=15, tuning_rate=1e-5, own_rate=rate))
+        assert bool(found.own.any()) == (rate > 0)
+        person = found.personalized({})
+        with torch.no_grad():
+            image = torch.cat([person.render(person.triplane, noisy.cameras[i : i + 1]).image for i in range(3)])
+        errors.append(float((image - noisy.target.image).abs().mean()))
+    assert errors[1] < 0.97 * errors[0]

@@ -15,11 +15,11 @@ import torch
 from talk3d.errors import ConfigError, WeightsError
 from talk3d.models.avatar import Avatar, PersonalizedGenerator, Prior
 from talk3d.presets import BUILTIN256, TINY
-from talk3d.stages.train import TrainConfig, avatar_sizes, background_plate, train
-from talk3d.training.losses import premultiply
+from talk3d.stages.train import TrainConfig, avatar_sizes, background_plate, even_out, picture_error, train, with_rays
+from talk3d.training.losses import MouthShapes, premultiply
 from talk3d.types import Clip, FaceMasks
 
-SHORT = TrainConfig(steps=10, frames_per_step=2, listening_steps=3, listening_frames=4)
+SHORT = TrainConfig(steps=10, frames_per_step=2, listening_steps=3, listening_frames=4, reading_steps=3)
 
 
 @pytest.fixture
@@ -49,13 +49,13 @@ def test_it_learns_the_clip_and_listens(person: PersonalizedGenerator, clip: Cli
         heard.append((stage, dict(values)))
 
     frames = torch.arange(12)
-    plain = replace(SHORT, mouth_emphasis=0.0, face_emphasis=0.0, listening_steps=40, listening_frames=8)
+    plain = replace(SHORT, mouth_emphasis=0.0, face_emphasis=0.0, listening_steps=160, listening_frames=12, audio_noise=0.0)
     config = replace(plain, steps=40, renderer_rate=1e-2, identity_rate=2e-2, average_decay=0.8)
     untrained = train(copy.deepcopy(person), clip, replace(SHORT, steps=1, renderer_rate=0.0, identity_rate=0.0, learning_rate=0.0))
     avatar = train(person, clip, config, progress=listen)
     assert error(avatar, clip, frames) < 0.85 * error(untrained, clip, frames)
-    lesson = [values["mouth"] for stage, values in heard if stage == "listen"]
-    assert lesson[-1] < lesson[0]
+    lesson = [values["hearing"] for stage, values in heard if stage == "listen"]
+    assert min(lesson[-2:]) < 0.7 * max(lesson[:3])
     losses = [values for stage, values in heard if stage == "train"]
     assert losses[-1]["image"] < 0.85 * losses[0]["image"]
     assert not avatar.training and avatar.resolution == 64 and (avatar.fps, avatar.audio_source) == (25.0, "logmel64")
@@ -106,6 +106,55 @@ def test_a_stopped_run_continues_exactly(person: PersonalizedGenerator, clip: Cl
     resumed = train(copy.deepcopy(person), clip, SHORT, seed=3, checkpoint=tmp_path / "check")
     for name, value in whole.state_dict().items():
         assert resumed.state_dict()[name].equal(value), name
+
+
+def test_the_same_person_is_seen_with_more_rays(person: PersonalizedGenerator, clip: Clip) -> None:
+    fine, before = with_rays(person, 24, 4), person.renderer.renderer_config
+    config = fine.renderer.renderer_config
+    assert config == replace(before, neural_rendering_resolution=24, depth_resolution=4, depth_resolution_importance=4)
+    assert all(value.equal(fine.state_dict()[name]) for name, value in person.state_dict().items())
+    with torch.no_grad():
+        one, other = (model.render(model.triplane, clip.track.cameras[:1]) for model in (person, fine))
+    assert other.image.shape == one.image.shape and other.raw.shape[-1] == 24
+    assert with_rays(person, None, None).renderer.renderer_config == before
+    assert train(person, clip, replace(SHORT, steps=1, rays=24)).personalized.renderer.renderer_config.neural_rendering_resolution == 24
+    with pytest.raises(ConfigError, match="positive numbers"):
+        TrainConfig(rays=-1)
+
+
+def test_validation_frames_are_not_learnt_from_and_choose_what_is_kept(person: PersonalizedGenerator, clip: Clip) -> None:
+    frames, config = clip.frames.copy(), replace(SHORT, steps=2, validation_share=0.3)
+    frames[9:] = 255  # three of twelve
+    one, other = (train(copy.deepcopy(person), c, config) for c in (clip, dataclasses.replace(clip, frames=frames)))
+    changed = [name for name, value in one.state_dict().items() if not value.equal(other.state_dict()[name])]
+    assert changed in ([], ["background"])
+    seen: list[float] = []
+
+    def listen(stage: str, step: int, total: int, values: Mapping[str, float]) -> None:
+        seen.extend([values["validation"]] if "validation" in values else [])
+
+    wild = replace(config, steps=10, validation_every=5, learning_rate=0.3, identity_rate=0.3, renderer_rate=0.3, average_decay=0.0)
+    kept = train(copy.deepcopy(person), clip, wild, progress=listen)
+    assert len(seen) == 2
+    found = float(picture_error(kept, clip, torch.arange(9, 12), "cpu"))
+    assert found == pytest.approx(min(seen), rel=1e-4)
+    with pytest.raises(ConfigError, match="a share below 1"):
+        TrainConfig(validation_share=1.0)
+
+
+def test_what_is_heard_is_raised_to_the_spread_of_what_was(person: PersonalizedGenerator, clip_of: Callable[..., Clip]) -> None:
+    clip = clip_of(32)
+    avatar = train(person, dataclasses.replace(clip, num_training_frames=24), replace(SHORT, steps=1))
+    head, frames = avatar.conditioner.mouth_head, torch.arange(32)
+    with torch.no_grad():
+        heard = head(avatar.conditioner.audio_token(clip.audio.around(frames)))
+        values = 1.3 * (heard - heard.mean(0))
+        values[:, 1] = 9 * torch.randn(32)  # nothing of this one is heard
+        even_out(avatar, clip, MouthShapes(values=values, importance=torch.ones(8) / 8), frames)
+        after = head(avatar.conditioner.audio_token(clip.audio.around(frames)))
+    gains = after.std(0) / heard.std(0)
+    torch.testing.assert_close(gains[[0, 2, 3]], torch.full((3,), 1.3), rtol=1e-3, atol=0)
+    assert gains[1] == pytest.approx(1, abs=1e-4)
 
 
 def test_the_person_of_another_video_is_refused(person: PersonalizedGenerator, clip: Clip) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 
 from talk3d.errors import WeightsError
 from talk3d.io.weights import load_tensors
-from talk3d.training.loop import Average, Loop
+from talk3d.training.loop import Average, Best, Loop
 
 
 class Run:
@@ -172,3 +172,19 @@ def test_average_copies_buffers_and_is_apart_from_the_module() -> None:
     average.update(net, 0)
     assert average.module.running_mean.equal(net.running_mean) and average.module.weight.equal(before)
     assert not average.module.training and not any(parameter.requires_grad for parameter in average.module.parameters())
+
+
+def test_the_best_is_what_had_the_least_error() -> None:
+    module = nn.Linear(2, 2)
+    best = Best(module)
+    kept = []
+    for error in (0.5, 0.3, 0.4, None):
+        with torch.no_grad():
+            module.weight.add_(1)
+        best.consider(module, None if error is None else torch.tensor(error))
+        kept.append(best.module.weight.equal(module.weight))
+    assert kept == [True, True, False, True] and best.error.item() == pytest.approx(0.3)
+    again = Best(nn.Linear(2, 2))
+    again.load_state_dict(best.state_dict())
+    again.consider(nn.Linear(2, 2), torch.tensor(0.35))
+    assert again.module.weight.equal(best.module.weight)

@@ -1,5 +1,7 @@
 """Losses against what they mean: zero for equals, closed forms, no dependence on size."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,18 +11,21 @@ from talk3d.models.renderer import TriplaneRenderer
 from talk3d.presets import TINY
 from talk3d.training.losses import (
     MOUTH,
+    Heard,
     MouthShapes,
     PictureTarget,
     density_variation,
-    hearing_loss,
+    hearing_losses,
     laplacian_l1,
     laplacian_pyramid,
     mouth_shapes,
     picture_losses,
     premultiply,
+    quiet_frames,
+    shut_mouth,
     weighted_sum,
 )
-from talk3d.types import AudioFeatures, Rendering, Triplane
+from talk3d.types import AudioFeatures, Rendering, Triplane, Waveform
 
 
 def rendering(image: torch.Tensor, alpha: torch.Tensor) -> Rendering:
@@ -139,20 +144,49 @@ def test_few_frames_have_few_mouth_shapes_and_the_rest_are_zero() -> None:
     assert shapes.values.shape == (3, 8) and bool((shapes.values[:, 3:] == 0).all()) and bool((shapes.importance[3:] == 0).all())
 
 
-def test_hearing_loss_is_the_weighted_square_error_and_falls_when_taught() -> None:
+def _listener() -> tuple[Conditioner, Heard]:
     torch.manual_seed(0)
     conditioner = Conditioner(ConditioningConfig(audio_channels=8, token_width=16, mouth_shapes=2))
-    audio = AudioFeatures(values=torch.randn(12, 16, 8), fps=25.0, source="test")
     shapes = MouthShapes(values=torch.randn(12, 2), importance=torch.tensor([0.75, 0.25]))
-    frames, silence = torch.arange(12), torch.zeros(12, 8, 16, 8)
+    audio = AudioFeatures(values=torch.randn(12, 16, 8), fps=25.0, source="test")
+    return conditioner, Heard(audio=audio, shapes=shapes, quiet=torch.tensor([3]), shut=torch.tensor([1.0, -1.0]))
+
+
+def test_hearing_losses_are_weighted_square_errors() -> None:
+    conditioner, heard = _listener()
+    frames, values, importance = torch.arange(11), heard.shapes.values, heard.shapes.importance
+    losses = hearing_losses(conditioner, heard, frames, 0.0, torch.Generator())
     with torch.no_grad():
-        heard = conditioner.mouth_head(conditioner.audio_token(audio.around(frames)))
-        by_hand = sum(0.75 * (heard[i, 0] - shapes.values[i, 0]) ** 2 + 0.25 * (heard[i, 1] - shapes.values[i, 1]) ** 2 for i in range(12)) / 12
-    before = hearing_loss(conditioner, audio, shapes, frames, silence)
-    assert before.detach() == pytest.approx(float(by_hand), rel=1e-5)
+        mouth = conditioner.mouth_head(conditioner.audio_token(heard.audio.around(torch.arange(12))))
+        held = conditioner.mouth_head(conditioner.audio_token(heard.audio.values[3].expand(1, 8, -1, -1)))
+    error = ((mouth - values).square() * importance).sum(1)
+    torch.testing.assert_close(losses["hearing"].detach(), (error[:-1].mean() + error[1:].mean()) / 2)
+    torch.testing.assert_close(losses["velocity"].detach(), ((mouth.diff(dim=0) - values.diff(dim=0)).square() * importance).sum(1).mean())
+    torch.testing.assert_close(losses["silence"].detach(), ((held - heard.shut).square() * importance).sum())
+
+
+def test_hearing_losses_fall_when_taught_and_without_silence_there_is_no_such_term() -> None:
+    conditioner, heard = _listener()
+    heard = replace(heard, quiet=torch.tensor([], dtype=torch.long))
     optimizer = torch.optim.Adam(conditioner.parameters(), lr=3e-3)
+    seen = []
     for _ in range(60):
+        losses = hearing_losses(conditioner, heard, torch.arange(11), 0.0, torch.Generator())
         optimizer.zero_grad()
-        hearing_loss(conditioner, audio, shapes, frames, silence).backward()
+        losses["hearing"].backward()
         optimizer.step()
-    assert hearing_loss(conditioner, audio, shapes, frames, silence) < 0.3 * before
+        seen.append(losses["hearing"].item())
+    assert seen[-1] < 0.3 * seen[0] and losses.keys() == {"hearing", "velocity"}
+
+
+def test_frames_are_quiet_where_nothing_sounds_near() -> None:
+    samples = torch.cat([torch.ones(25 * 640), torch.zeros(25 * 640), torch.ones(10 * 640)])
+    quiet = quiet_frames(Waveform(samples=samples, sample_rate_hz=16000), 25.0, 60)
+    assert quiet.nonzero()[:, 0].tolist() == list(range(28, 47))
+    assert quiet_frames(Waveform(samples=samples[:640], sample_rate_hz=16000), 25.0, 60).shape == (60,)
+
+
+def test_the_shut_mouth_is_that_of_the_least_open_frames() -> None:
+    values = torch.arange(20.0)[:, None].expand(-1, 2)
+    shapes = MouthShapes(values=values, importance=torch.tensor([0.5, 0.5]))
+    assert shut_mouth(shapes, torch.arange(20.0).flip(0)).tolist() == [18.0, 18.0]

@@ -59,14 +59,16 @@ class PersonalizedGenerator(nn.Module):
         self.provenance = dict(provenance)
 
     @classmethod
-    def from_generator(cls, generator: TriplaneGenerator, ws: Float[Tensor, "1 n w"], provenance: Mapping[str, Any]) -> "PersonalizedGenerator":
-        """Freeze a tuned generator at the person's style rows."""
+    def from_generator(
+        cls, generator: TriplaneGenerator, ws: Float[Tensor, "1 n w"], provenance: Mapping[str, Any], own: Float[Tensor, "1 3 c p p"] | None = None
+    ) -> "PersonalizedGenerator":
+        """Freeze a tuned generator at the person's style rows; `own` is added to the planes it paints."""
         person = cls(generator.renderer_config, provenance)
         wanted = person.renderer.state_dict().keys()
         person.renderer.load_state_dict({k: v for k, v in generator.state_dict().items() if k in wanted})
         with torch.no_grad():
             triplane = generator.triplane(ws)
-            person.identity.copy_(triplane.planes)
+            person.identity.copy_(triplane.planes if own is None else triplane.planes + own)
             person.w.copy_(ws[:, -1])
             person.occupied.copy_(person.renderer.cpu().occupancy(person.triplane))
         return person.eval()
@@ -160,7 +162,7 @@ class Avatar(nn.Module):
         What depends only on the person is computed once for the batch; in evaluation without gradients it is kept until a weight changes.
         """
         tokens = self.conditioner(driving, generator)
-        return self.predictor.predict(self._prepared(len(tokens)), tokens, self.conditioner.coefficients(driving, tokens))
+        return self.predictor.predict(self._prepared(len(tokens)), tokens, self.conditioner.coefficients(driving, self.conditioner.mouth(tokens)))
 
     def _prepared(self, batch: int) -> DeltaplanePrefix:
         if self.training or torch.is_grad_enabled():

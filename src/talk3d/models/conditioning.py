@@ -145,10 +145,13 @@ class Conditioner(nn.Module):
         encoded = self.audio_net(windows.flatten(0, 1).transpose(1, 2))
         return self.audio_att_net(encoded.unflatten(0, windows.shape[:2]))
 
-    def coefficients(self, driving: Driving, tokens: Float[Tensor, "b 5 d"]) -> Float[Tensor, "b k"]:
-        """Return the weights of the linear bases, of about unit size: mouth shapes heard in the sound, blink, head rotation, place in the picture."""
-        mouth = [] if self.mouth_head is None else [self.mouth_head(tokens[:, 0])]  # the audio token, which is never dropped
-        return torch.cat([*mouth, 2 * driving.blink, 4 * driving.head_pose, 4 * driving.anchors[:, :2]], 1)
+    def mouth(self, tokens: Float[Tensor, "b 5 d"]) -> Float[Tensor, "b s"]:
+        """Return the mouth shapes that are heard in the audio token, which is never dropped; none where none are read off."""
+        return tokens[:, 0, :0] if self.mouth_head is None else self.mouth_head(tokens[:, 0])
+
+    def coefficients(self, driving: Driving, mouth: Float[Tensor, "b s"]) -> Float[Tensor, "b k"]:
+        """Return the weights of the linear bases, of about unit size: mouth shapes as given, blink, head rotation, place in the picture."""
+        return torch.cat([mouth, 2 * driving.blink, 4 * driving.head_pose, 4 * driving.anchors[:, :2]], 1)
 
     def forward(self, driving: Driving, generator: torch.Generator | None = None) -> Float[Tensor, "b 5 d"]:
         """Encode b frames; `generator` (training) replaces tokens other than the audio's by the null token at the configured rate."""

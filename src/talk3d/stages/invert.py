@@ -2,7 +2,8 @@
 
 Two steps. *Inversion* looks for a code w of the person and a small offset for each moment, starting from the encoder's guess where the prior has
 one, the generator held fixed. *Pivotal tuning* then adapts the generator to the pictures, the codes held fixed, while heads near the person must
-stay what they were, from all sides.
+stay what they were, from all sides. Tuning also adds to the planes what is this person's alone: a backbone that has learnt thousands of heads needs
+hundreds of steps for an eye that the planes themselves learn in tens.
 
 Reference: VIVE3D (arXiv 2303.15893), section 3.1; pivotal tuning (arXiv 2106.05744).
 """
@@ -21,9 +22,9 @@ from talk3d.errors import ConfigError
 from talk3d.models.avatar import PersonalizedGenerator, Prior
 from talk3d.models.generator import TriplaneGenerator
 from talk3d.ops.geometry import head_camera
-from talk3d.training.loop import Loop, cosine_decay
+from talk3d.training.loop import Best, Loop, cosine_decay
 from talk3d.training.losses import LOSS_WEIGHTS, PictureTarget, picture_losses, weighted_sum
-from talk3d.types import Camera, Progress, silent
+from talk3d.types import Camera, Progress, Rendering, Triplane, silent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,14 +33,16 @@ class InversionConfig:
 
     frames_per_step: int = 2
     """Pictures compared in one step."""
-    inversion_steps: int = 150
+    inversion_steps: int = 80
     """Steps of the search for the codes."""
     inversion_rate: float = 0.05
     """Adam's learning rate of the codes."""
-    tuning_steps: int = 250
+    tuning_steps: int = 160
     """Steps of tuning the generator."""
     tuning_rate: float = 1e-3
     """Adam's learning rate of the generator at the start of tuning."""
+    own_rate: float = 0.03
+    """Adam's learning rate of the planes' own part at the start of tuning, in units of the planes' standard deviation."""
     offset_weight: float = 0.02
     """Of the mean square of the moments' offsets, in units of the prior's spread."""
     person_weight: float = 0.002
@@ -48,10 +51,12 @@ class InversionConfig:
     """Of the change of heads near the person while tuning."""
     locality_every: int = 3
     """Every which tuning step that change is measured."""
+    validation_every: int = 25
+    """Every which tuning step the views kept for validation are looked at, where there are any."""
 
     def __post_init__(self) -> None:
         """Refuse numbers that cannot work."""
-        if min(self.frames_per_step, self.inversion_steps, self.tuning_steps, self.locality_every) < 1:
+        if min(self.frames_per_step, self.inversion_steps, self.tuning_steps, self.locality_every, self.validation_every) < 1:
             raise ConfigError("inversion counts frames and steps from 1: give positive numbers")
 
 
@@ -67,6 +72,8 @@ class Views:
     """Pictures of one number, counted from 0, show the same moment."""
     emphasis: Float[Tensor, "k 1 h w"] | None = None
     """How much each pixel counts, mean about 1; None means all the same."""
+    validation: "Views | None" = None
+    """Further pictures, not learnt from: the tuned generator that shows them best is kept. None keeps the last."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,14 +82,18 @@ class Inversion:
 
     generator: TriplaneGenerator
     """The prior's generator, tuned to the person."""
+    own: Float[Tensor, "1 3 c p p"]
+    """What the person's planes have beyond what this generator paints."""
     person: Float[Tensor, "1 n w"]
     """Style rows of the person at the mean of the moments."""
     moments: Float[Tensor, "m n w"]
     """Style rows of every moment."""
+    drift: float
+    """How far tuning moved heads of others: mean absolute change of random heads' raw pictures and mattes, in [-1, 1] and [0, 1]."""
 
     def personalized(self, provenance: Mapping[str, object]) -> PersonalizedGenerator:
         """Freeze the generator at the person's style rows."""
-        return PersonalizedGenerator.from_generator(self.generator, self.person, provenance)
+        return PersonalizedGenerator.from_generator(self.generator, self.person, provenance, self.own)
 
 
 def guess_codes(prior: Prior, views: Views) -> Float[Tensor, "m w"]:
@@ -127,12 +138,29 @@ def invert(
     """
     config = config or InversionConfig()
     search = _Search(prior, views, config, device=device, seed=seed)
-    loop = Loop(modules=search.modules, optimizers=search.optimizers, generators=search.generators, checkpoint=checkpoint)
-    loop.run(stage, config.inversion_steps + config.tuning_steps, search.step, progress)
+    best = Best(search.tuned)
+    total = config.inversion_steps + config.tuning_steps
+
+    def step(number: int) -> dict[str, Float[Tensor, ""]]:
+        terms = search.step(number)
+        tuned = number + 1 - config.inversion_steps
+        if number + 1 == total or (tuned > 0 and tuned % config.validation_every == 0):
+            error = None if views.validation is None else search.error(views.validation)
+            best.consider(search.tuned, error)
+            terms |= {} if error is None else {"validation": error}
+        return terms
+
+    modules = search.modules | {"best": best}
+    loop = Loop(modules=modules, optimizers=search.optimizers, generators=search.generators, checkpoint=checkpoint)
+    loop.run(stage, total, step, progress)
+    tuned = best.module.requires_grad_(True)
+    assert isinstance(tuned, _Tuned)
     with torch.no_grad():
         moments = search.codes.rows(torch.arange(len(search.codes.start), device=device))
         person = search.codes.person_rows()
-    return Inversion(generator=search.generator.cpu(), person=person.cpu(), moments=moments.cpu())
+    drift = search.drift(tuned.generator)
+    progress(stage, total, total, {"drift": drift})
+    return Inversion(generator=tuned.generator.cpu(), own=tuned.own.detach().cpu(), person=person.cpu(), moments=moments.cpu(), drift=drift)
 
 
 class _Codes(nn.Module):
@@ -156,35 +184,53 @@ class _Codes(nn.Module):
         return w.expand(1, self.num_ws, -1)
 
 
+class _Tuned(nn.Module):
+    """The generator that is tuned, and what is added to the planes it paints."""
+
+    def __init__(self, generator: TriplaneGenerator) -> None:
+        super().__init__()
+        self.generator = generator
+        config = generator.renderer_config
+        self.own = nn.Parameter(torch.zeros(1, 3, config.plane_channels, config.plane_resolution, config.plane_resolution))
+
+    def render(self, ws: Float[Tensor, "b n w"], camera: Camera, rays: torch.Generator | None = None) -> Rendering:
+        painted = self.generator.triplane(ws)
+        return self.generator.render_triplane(Triplane(planes=painted.planes + self.own, axes=painted.axes), ws[:, -1], camera, generator=rays)
+
+
 class _Search:
     """One step of inversion or tuning and what it needs."""
 
     def __init__(self, prior: Prior, views: Views, config: InversionConfig, *, device: str, seed: int) -> None:
         self.config, self.device = config, device
-        self.generator = copy.deepcopy(prior.generator).to(device).eval()
-        self.reference = copy.deepcopy(self.generator).requires_grad_(False)
+        self.reference = copy.deepcopy(prior.generator).to(device).eval().requires_grad_(False)
+        self.tuned = _Tuned(copy.deepcopy(prior.generator)).to(device).eval()
+        self.generator = self.tuned.generator
         self.codes = _Codes(guess_codes(prior, views), prior.w_std, self.generator.num_ws).to(device)
         self.image, self.alpha = views.target.image.to(device), views.target.alpha.to(device)
         self.cameras, self.moment = views.cameras.to(device), views.moment.to(device)
         self.emphasis = None if views.emphasis is None else views.emphasis.to(device)
-        tuned = [p for name, p in self.generator.named_parameters() if "mapping" not in name]
-        self.modules: dict[str, nn.Module] = {"generator": self.generator, "codes": self.codes}
+        with torch.no_grad():
+            spread = float(self.generator.triplane(self.codes.person_rows()).planes.std())
+        backbone = [p for name, p in self.generator.named_parameters() if "mapping" not in name]
+        self.rates = {"codes": (config.inversion_rate,), "tuned": (config.tuning_rate, config.own_rate * spread)}
+        self.modules: dict[str, nn.Module] = {"tuned": self.tuned, "codes": self.codes}
         self.optimizers = {
             "codes": torch.optim.Adam(self.codes.parameters(), lr=config.inversion_rate, betas=(0.9, 0.99)),
-            "generator": torch.optim.Adam(tuned, lr=config.tuning_rate, betas=(0.9, 0.99)),
+            "tuned": torch.optim.Adam([{"params": backbone}, {"params": [self.tuned.own]}], betas=(0.9, 0.99)),
         }
         self.generators = {"choice": torch.Generator().manual_seed(seed), "rays": torch.Generator(device).manual_seed(seed)}
 
     def step(self, number: int) -> dict[str, Float[Tensor, ""]]:
         """Invert while there are inversion steps, tune afterwards."""
         inverting = number < self.config.inversion_steps
-        active = self.optimizers["codes" if inverting else "generator"]
+        active = self.optimizers["codes" if inverting else "tuned"]
         self.codes.requires_grad_(inverting)
-        self.generator.requires_grad_(not inverting)
+        self.tuned.requires_grad_(not inverting)
         self._set_rate(number, inverting)
         index = torch.randperm(len(self.cameras), generator=self.generators["choice"])[: self.config.frames_per_step].to(self.device)
         ws = self.codes.rows(self.moment[index])
-        rendering = self.generator.render_triplane(self.generator.triplane(ws), ws[:, -1], self.cameras[index], generator=self.generators["rays"])
+        rendering = self.tuned.render(ws, self.cameras[index], self.generators["rays"])
         target = PictureTarget(image=self.image[index], alpha=self.alpha[index])
         terms = picture_losses(rendering, target, None if self.emphasis is None else self.emphasis[index])
         weights = dict(LOSS_WEIGHTS)
@@ -203,11 +249,29 @@ class _Search:
     def _set_rate(self, number: int, inverting: bool) -> None:
         config = self.config
         if inverting:
-            fraction, rate, name = number / config.inversion_steps, config.inversion_rate, "codes"
+            fraction, name = number / config.inversion_steps, "codes"
         else:
-            fraction, rate, name = (number - config.inversion_steps) / config.tuning_steps, config.tuning_rate, "generator"
-        for group in self.optimizers[name].param_groups:
+            fraction, name = (number - config.inversion_steps) / config.tuning_steps, "tuned"
+        for group, rate in zip(self.optimizers[name].param_groups, self.rates[name], strict=True):
             group["lr"] = rate * cosine_decay(fraction, 0.1) * min(1.0, 0.1 + fraction / 0.05)
+
+    def error(self, views: Views) -> Float[Tensor, ""]:
+        """Mean absolute error of pictures of the person at the mean of the moments."""
+        rows = self.codes.person_rows().expand(len(views.cameras), -1, -1)
+        emphasis = 1.0 if views.emphasis is None else views.emphasis.to(self.device)
+        with torch.no_grad():
+            image = self.tuned.render(rows, views.cameras.to(self.device)).image
+        return ((image - views.target.image.to(self.device)).abs() * emphasis).mean()
+
+    def drift(self, generator: TriplaneGenerator, count: int = 8) -> float:
+        """Change of random heads, each from a random side, between this generator and the prior's."""
+        choice = torch.Generator().manual_seed(0)
+        z = torch.randn(count, generator.config.z_dim, generator=choice).to(self.device)
+        camera = head_camera((torch.rand(count, 3, generator=choice) * 2 - 1) * torch.tensor([0.5, 0.2, 0.0])).to(self.device)
+        with torch.no_grad():
+            ws = self.reference.mapping(z, camera.to_label() if generator.config.c_dim else None)
+            now, before = (self._raw(one, ws, camera) for one in (generator, self.reference))
+        return float(F.l1_loss(now[0], before[0]) + F.l1_loss(now[1], before[1]))
 
     def _locality(self) -> Float[Tensor, ""]:
         """Change of the raw picture of a head between the person and a random one, from a random side."""
@@ -222,6 +286,6 @@ class _Search:
         now, before = (self._raw(generator, ws, camera) for generator in (self.generator, self.reference))
         return F.l1_loss(now[0], before[0].detach()) + F.l1_loss(now[1], before[1].detach())
 
-    def _raw(self, generator: TriplaneGenerator, ws: Float[Tensor, "1 n w"], camera: Camera) -> tuple[Tensor, Tensor]:
+    def _raw(self, generator: TriplaneGenerator, ws: Float[Tensor, "b n w"], camera: Camera) -> tuple[Tensor, Tensor]:
         rendering = generator.render_triplane(generator.triplane(ws), ws[:, -1], camera, neural_rendering_resolution=32)
         return rendering.raw, rendering.raw_alpha

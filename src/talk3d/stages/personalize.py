@@ -3,6 +3,7 @@
 Reference: VIVE3D (arXiv 2303.15893), section 3.1; pivotal tuning (arXiv 2106.05744).
 """
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ class PersonalizeConfig(InversionConfig):
     """How the person is found and the prior tuned."""
 
     num_frames: int = 8
-    """Frames chosen from the training part, as different in pose, mouth and blink as can be."""
+    """Frames chosen from the training part, as different in pose, mouth and blink as can be; one more is kept for validation."""
 
     def __post_init__(self) -> None:
         """Refuse numbers that cannot work."""
@@ -127,14 +128,27 @@ def personalize(
     side = prior.generator.config.renderer.superresolution.output_side
     if clip.frames.shape[1] != side:
         raise ShapeError(f"the clip has {clip.frames.shape[1]} pixels a side, the prior paints {side}: track the video again with --size-px {side}")
-    chosen = choose_frames(clip, config.num_frames)
-    image, alpha = clip.images(chosen)
-    views = Views(
-        target=PictureTarget(image=premultiply(image, alpha), alpha=alpha),
-        cameras=clip.track.cameras[chosen],
-        moment=torch.arange(len(chosen)),
-        emphasis=face_emphasis(clip.track.landmarks[chosen].float(), image.shape[-1], 3.0, 2.0),
-    )
+    chosen = choose_frames(clip, config.num_frames + 1)
+    chosen, validation = chosen[:-1], chosen[-1:]
+    views = dataclasses.replace(_views(clip, chosen), validation=_views(clip, validation))
     inversion = invert(prior, views, config, device=device, seed=seed, progress=progress, checkpoint=checkpoint, stage="personalize")
-    provenance = {"prior": prior.provenance, "source_sha256": clip.source_sha256, "frames": chosen.tolist(), "seed": seed}
+    provenance = {
+        "prior": prior.provenance,
+        "source_sha256": clip.source_sha256,
+        "frames": chosen.tolist(),
+        "validation_frames": validation.tolist(),
+        "drift": inversion.drift,
+        "seed": seed,
+    }
     return inversion.personalized(provenance)
+
+
+def _views(clip: Clip, frames: Int[Tensor, " k"]) -> Views:
+    """Frames of the clip, each a moment of its own."""
+    image, alpha = clip.images(frames)
+    return Views(
+        target=PictureTarget(image=premultiply(image, alpha), alpha=alpha),
+        cameras=clip.track.cameras[frames],
+        moment=torch.arange(len(frames)),
+        emphasis=face_emphasis(clip.track.landmarks[frames].float(), image.shape[-1], 3.0, 2.0),
+    )

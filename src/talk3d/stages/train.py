@@ -6,14 +6,13 @@ picture becomes as sharp as the video.
 Reference: Talk3D (arXiv 2403.20153), section 3.4.
 """
 
-import copy
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from talk3d.errors import ConfigError, WeightsError
@@ -21,49 +20,37 @@ from talk3d.models.avatar import Avatar, AvatarConfig, Performance, Personalized
 from talk3d.models.conditioning import ConditioningConfig
 from talk3d.models.deltaplane import DeltaplaneConfig
 from talk3d.models.renderer import RendererConfig
+from talk3d.stages.lesson import Lesson, LessonConfig
 from talk3d.stages.personalize import face_emphasis
-from talk3d.training.loop import Average, Loop, cosine_decay
-from talk3d.training.losses import LOSS_WEIGHTS, PictureTarget, hearing_loss, mouth_shapes, picture_losses, premultiply, weighted_sum
+from talk3d.training.loop import Best, Loop
+from talk3d.training.losses import MouthShapes, premultiply
 from talk3d.types import Clip, Driving, Progress, silent
+
+MAX_VALIDATION = 50
+"""Most frames of the training part that are not learnt from."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """How long and how hard to train."""
+class TrainConfig(LessonConfig):
+    """How long and how hard to train, and which avatar of the training is kept."""
 
-    steps: int = 1200
-    """Optimisation steps."""
-    frames_per_step: int = 2
-    """Frames rendered in one step."""
-    listening_steps: int = 600
-    """Steps of the lesson before, in which the audio encoder learns to tell the shape of the mouth."""
-    listening_frames: int = 64
-    """Frames in one such step; nothing is rendered."""
-    listening_rate: float = 2e-3
-    """AdamW's rate in that lesson at the start; falls to zero."""
-    listening_decay: float = 0.3
-    """AdamW's weight decay in that lesson, so that it learns sounds rather than frames."""
-    listening_weight: float = 0.05
-    """Of that lesson's error while training."""
-    learning_rate: float = 2e-3
-    """Adam's rate of conditioner, U-Net and linear bases at the start; falls to a twentieth along a half cosine."""
-    renderer_rate: float = 4e-4
-    """Adam's rate of decoder and super-resolution, with the same schedule; 0 leaves them as they are."""
-    identity_rate: float = 2e-3
-    """Adam's rate of the identity planes in units of their standard deviation, with the same schedule; 0 leaves them as they are."""
-    mouth_emphasis: float = 20.0
-    """How much more a pixel of the mouth counts than one of the background."""
-    face_emphasis: float = 3.0
-    """How much more a pixel of the face counts."""
-    audio_noise: float = 0.3
-    """Standard deviation of the noise on speech features, in their units."""
-    average_decay: float = 0.99
-    """Of the moving average of the weights, which is what is kept."""
+    rays: int | None = None
+    """Rays a side of the person's pictures; None takes half as many again as the prior, as far as super-resolution takes them as they are."""
+    samples: int | None = None
+    """Samples on each ray, at even distances, and as many more where those found something; None takes the prior's, five of eight if
+    there are more rays."""
+    validation_share: float = 0.06
+    """Of the training part, its last frames (50 at most): not learnt from; they choose what is kept."""
+    validation_every: int = 200
+    """Every how many steps they are looked at."""
 
     def __post_init__(self) -> None:
         """Refuse numbers that cannot work."""
-        if min(self.steps, self.frames_per_step) < 1:
-            raise ConfigError("train needs at least 1 step and 1 frame a step: give positive numbers")
+        super().__post_init__()
+        if not 0 <= self.validation_share < 1:
+            raise ConfigError(f"validation_share is a share below 1, got {self.validation_share}: give a number from 0 to 0.5")
+        if min(self.validation_every, self.rays or 1, self.samples or 1) < 1:
+            raise ConfigError("train counts rays, samples and steps between validations from 1: give positive numbers")
 
 
 def avatar_sizes(renderer: RendererConfig, audio_channels: int = ConditioningConfig.audio_channels) -> AvatarConfig:
@@ -111,14 +98,71 @@ def train(
     if origin != clip.source_sha256:
         raise WeightsError("the person was made from another video than the clip: personalize this clip first")
     avatar = _new_avatar(person, clip, config, seed).to(device)
-    lesson = _Lesson(avatar, clip, config, device=device, seed=seed)
-    loop = Loop(modules=lesson.modules, optimizers={"adam": lesson.optimizer}, generators=lesson.generators, checkpoint=checkpoint)
+    num_validation = min(MAX_VALIDATION, int(config.validation_share * clip.num_training_frames))
+    lesson = Lesson(avatar, clip, config, num_frames=clip.num_training_frames - num_validation, device=device, seed=seed)
+    best = Best(lesson.average.module)
+    validation = torch.arange(lesson.num_frames, clip.num_training_frames)
+    modules = lesson.modules | {"best": best}
+    loop = Loop(modules=modules, optimizers={"adam": lesson.optimizer}, generators=lesson.generators, checkpoint=checkpoint)
     if loop.step == 0:
         lesson.listen(progress)
-    loop.run("train", config.steps, lesson.step, progress)
-    result = lesson.average.module
+
+    def step(number: int) -> dict[str, Float[Tensor, ""]]:
+        terms = lesson.step(number)
+        last = number + 1 == config.steps
+        if last or (number + 1) % config.validation_every == 0:
+            error = picture_error(lesson.average.module, clip, validation, device) if len(validation) else None
+            best.consider(lesson.average.module, error)
+            terms |= {} if error is None else {"validation": error}
+        return terms
+
+    loop.run("train", config.steps, step, progress)
+    result = best.module
     assert isinstance(result, Avatar)
+    if len(validation):
+        even_out(result.cpu(), clip, lesson.heard.shapes, validation)
     return result.cpu().eval()
+
+
+def picture_error(avatar: nn.Module, clip: Clip, frames: Int[Tensor, " v"], device: str, count: int = 8) -> Float[Tensor, ""]:
+    """Mean absolute error of the picture over the face in up to `count` of these frames, as they are driven by their sound."""
+    assert isinstance(avatar, Avatar)
+    chosen = frames[torch.linspace(0, len(frames) - 1, min(count, len(frames))).round().long()]
+    errors = []
+    for index in chosen.split(4):
+        driving = clip.driving(index)
+        driving = Driving(**{name: getattr(driving, name).float().to(device) for name in ("audio", "blink", "head_pose", "anchors")})
+        with torch.no_grad():
+            image = avatar.render(driving, clip.track.cameras[index].to(device)).image.cpu()
+        weight = face_emphasis(clip.track.landmarks[index].float(), image.shape[-1], 10.0, 10.0)
+        error = (image - premultiply(*clip.images(index))).abs().mean(1, keepdim=True)
+        errors.append((error * weight).mean((1, 2, 3)) / weight.mean((1, 2, 3)))
+    return torch.cat(errors).mean()
+
+
+def even_out(avatar: Avatar, clip: Clip, mouth: MouthShapes, frames: Int[Tensor, " v"]) -> None:
+    """Raise what is heard of the mouth to the spread that the mouth really had: a mean square error is least for motion that is too small.
+
+    How reliably each component is heard is measured on frames that nothing was learnt from; what is hardly heard stays small.
+
+    Args:
+        avatar: changed in place, on the CPU.
+        clip: what it listens to.
+        mouth: the components of the training part.
+        frames: frames that were not learnt from; with fewer than 16 nothing is done.
+    """
+    head = avatar.conditioner.mouth_head
+    if head is None or len(frames) < 16:
+        return
+    with torch.no_grad():
+        heard = head(avatar.conditioner.audio_token(clip.audio.around(frames).to(head.weight)))
+        tracked = mouth.values[frames].to(heard)
+        heard, tracked = heard - heard.mean(0), tracked - tracked.mean(0)
+        spread, wanted = (x.square().mean(0).sqrt().clamp(min=1e-6) for x in (heard, tracked))
+        reliable = (heard * tracked).mean(0) / (spread * wanted) > 0.5
+        gain = torch.where(reliable, (wanted / spread).clamp(1, 1.5), torch.ones_like(spread))
+        head.weight.mul_(gain[:, None])
+        head.bias.mul_(gain)
 
 
 def _new_avatar(person: PersonalizedGenerator, clip: Clip, config: TrainConfig, seed: int) -> Avatar:
@@ -131,7 +175,7 @@ def _new_avatar(person: PersonalizedGenerator, clip: Clip, config: TrainConfig, 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         avatar = Avatar(
-            personalized=copy.deepcopy(person),
+            personalized=with_rays(person, *_rays_and_samples(person.renderer.renderer_config, config)),
             config=avatar_sizes(person.renderer.renderer_config, clip.audio.values.shape[-1]),
             performance=performance,
             background=background_plate(clip),
@@ -141,6 +185,26 @@ def _new_avatar(person: PersonalizedGenerator, clip: Clip, config: TrainConfig, 
         )
     avatar.predictor.scale.copy_(person.identity.detach().std())
     return avatar
+
+
+def _rays_and_samples(prior: RendererConfig, config: TrainConfig) -> tuple[int, int]:
+    usual = prior.neural_rendering_resolution
+    rays = config.rays or max(usual, min(3 * usual // 2, prior.superresolution.input_side))
+    return rays, config.samples or (prior.depth_resolution if rays <= usual else -(-5 * prior.depth_resolution // 8))
+
+
+def with_rays(person: PersonalizedGenerator, rays: int | None, samples: int | None) -> PersonalizedGenerator:
+    """Return a copy of the person that is rendered with so many rays a side and samples on each; None leaves a number as it is."""
+    config = person.renderer.renderer_config
+    config = dataclasses.replace(
+        config,
+        neural_rendering_resolution=rays or config.neural_rendering_resolution,
+        depth_resolution=samples or config.depth_resolution,
+        depth_resolution_importance=samples or config.depth_resolution_importance,
+    )
+    result = PersonalizedGenerator(config, person.provenance)
+    result.load_state_dict(person.state_dict())
+    return result.to(person.identity.device).eval()
 
 
 def background_plate(clip: Clip, num_frames: int = 64) -> Float[Tensor, "3 h w"]:
@@ -168,81 +232,3 @@ def _fill(total: Float[Tensor, "1 c h w"], weight: Float[Tensor, "1 1 h w"]) -> 
     capped = known.float()
     coarse = _fill(F.avg_pool2d(here * capped, 2, ceil_mode=True), F.avg_pool2d(capped, 2, ceil_mode=True))
     return torch.where(known, here, F.interpolate(coarse, size=here.shape[-2:], mode="bilinear", align_corners=False))
-
-
-class _Lesson:
-    """One step of training and what it needs."""
-
-    def __init__(self, avatar: Avatar, clip: Clip, config: TrainConfig, *, device: str, seed: int) -> None:
-        self.avatar, self.clip, self.config, self.device = avatar.train(), clip, config, device
-        track, used = clip.track, slice(0, clip.num_training_frames)
-        self.shapes = mouth_shapes(track.landmarks[used], track.head_pose[used], avatar.config.conditioning.mouth_shapes)
-        self.average = Average(avatar, config.average_decay)
-        self.modules: dict[str, nn.Module] = {"avatar": avatar, "average": self.average.module}
-        self.rates = (config.learning_rate, config.renderer_rate, config.identity_rate * float(avatar.predictor.scale))
-        self.optimizer = torch.optim.Adam(
-            [
-                {"params": [*avatar.conditioner.parameters(), *avatar.predictor.parameters()]},
-                {"params": list(avatar.personalized.renderer.parameters())},
-                {"params": [avatar.personalized.identity]},
-            ],
-            betas=(0.9, 0.99),
-        )
-        self.generators = {"choice": torch.Generator().manual_seed(seed), "rays": torch.Generator(device).manual_seed(seed)}
-
-    def listen(self, progress: Progress) -> None:
-        """Teach the audio encoder to tell the shape of the mouth."""
-        config = self.config
-        optimizer = torch.optim.AdamW(self.avatar.conditioner.parameters(), lr=config.listening_rate, weight_decay=config.listening_decay)
-        for number in range(config.listening_steps):
-            optimizer.param_groups[0]["lr"] = config.listening_rate * (1 - number / config.listening_steps)
-            loss = self._hear(config.listening_frames)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            if number % 20 == 19:
-                progress("listen", number + 1, config.listening_steps, {"mouth": float(loss.detach())})
-        self.average.module.load_state_dict(self.avatar.state_dict())
-
-    def _hear(self, count: int) -> Float[Tensor, ""]:
-        choice = self.generators["choice"]
-        frames = torch.randint(self.clip.num_training_frames, (count,), generator=choice)
-        shape = (count, *self.clip.audio.around(frames[:1]).shape[1:])
-        noise = self.config.audio_noise * torch.randn(shape, generator=choice)
-        return hearing_loss(self.avatar.conditioner, self.clip.audio, self.shapes, frames, noise)
-
-    def step(self, number: int) -> dict[str, Float[Tensor, ""]]:
-        """Draw frames, predict their deltaplanes, render, compare, descend."""
-        config, clip, choice = self.config, self.clip, self.generators["choice"]
-        scale = cosine_decay(number / config.steps, 0.05) * min(1.0, (number + 1) / 50)
-        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
-            group["lr"] = rate * scale
-        index = torch.randint(clip.num_training_frames, (config.frames_per_step,), generator=choice)
-        target, emphasis = self._target(index)
-        delta = self.avatar.deltaplane(self._driving(index), choice)
-        person = self.avatar.personalized
-        rendering = person.render(person.triplane + delta, clip.track.cameras[index].to(self.device), self.generators["rays"])
-        terms = picture_losses(rendering, target, emphasis) | {"mouth": self._hear(16)}
-        loss = weighted_sum(terms, LOSS_WEIGHTS | {"mouth": config.listening_weight})
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.avatar.parameters(), 1.0)
-        self.optimizer.step()
-        self.average.update(self.avatar, number)
-        return {name: term.detach() for name, term in terms.items()}
-
-    def _target(self, index: Tensor) -> tuple[PictureTarget, Float[Tensor, "b 1 h w"]]:
-        image, alpha = self.clip.images(index)
-        emphasis = face_emphasis(self.clip.track.landmarks[index].float(), image.shape[-1], self.config.mouth_emphasis, self.config.face_emphasis)
-        target = PictureTarget(image=premultiply(image, alpha).to(self.device), alpha=alpha.to(self.device))
-        return target, (emphasis / emphasis.mean((1, 2, 3), keepdim=True)).to(self.device)
-
-    def _driving(self, index: Tensor) -> Driving:
-        true = self.clip.driving(index)
-        noise = torch.randn(true.audio.shape, generator=self.generators["choice"])
-        return Driving(
-            audio=(true.audio + self.config.audio_noise * noise).to(self.device),
-            blink=true.blink.float().to(self.device),
-            head_pose=true.head_pose.float().to(self.device),
-            anchors=true.anchors.float().to(self.device),
-        )

@@ -63,6 +63,25 @@ class Average:
                 mine.copy_(theirs)
 
 
+class Best(nn.Module):
+    """The module with the least error so far; before anything was considered, the one it was made from."""
+
+    error: Tensor
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = copy.deepcopy(module).requires_grad_(False).eval()
+        self.register_buffer("error", torch.tensor(math.inf))
+
+    def consider(self, module: nn.Module, error: Float[Tensor, ""] | None) -> None:
+        """Keep the module's values if its error is smaller than any before; None keeps them anyway."""
+        if error is not None and float(error) >= float(self.error):
+            return
+        self.module.load_state_dict(module.state_dict())
+        if error is not None:
+            self.error.copy_(error)
+
+
 class Loop:
     """Runs steps and keeps a checkpoint from which the same run continues bit for bit on one device.
 

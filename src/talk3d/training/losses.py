@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from talk3d.models.conditioning import Conditioner
 from talk3d.models.renderer import TriplaneRenderer
 from talk3d.models.stylegan2 import resize_to
 from talk3d.ops.geometry import fit_similarity
-from talk3d.types import AudioFeatures, Rendering, Triplane
+from talk3d.types import AudioFeatures, Rendering, Triplane, Waveform
 
 LOSS_WEIGHTS = {"image": 1.0, "detail": 2.0, "alpha": 0.5, "raw": 0.5}
 """Weights of `picture_losses` where a person is fitted."""
@@ -157,20 +157,76 @@ def _without_pose(values: Float[Tensor, "t c"], head_pose: Float[Tensor, "t 3"])
     return values - terms @ torch.linalg.solve(terms.mT @ terms + ridge, terms.mT @ values)
 
 
-def hearing_loss(
-    conditioner: Conditioner, audio: AudioFeatures, shapes: MouthShapes, frames: Int[Tensor, " b"], noise: Float[Tensor, "b n f w"]
-) -> Float[Tensor, ""]:
-    """Mean square error of the mouth's components read off the audio tokens of these frames, weighted by importance.
+def quiet_frames(waveform: Waveform, fps: float, count: int, threshold: float = 0.05) -> Bool[Tensor, " t"]:
+    """Say which of the first `count` frames are silent: a quarter of a second round them stays under a share of the loud frames' RMS.
+
+    Args:
+        waveform: the sound.
+        fps: frames a second.
+        count: how many frames.
+        threshold: share of the 90th percentile of the frames' RMS.
+    """
+    length = round(waveform.sample_rate_hz / fps)
+    samples = F.pad(waveform.samples.float(), (0, max(0, count * length - len(waveform.samples))))[: count * length]
+    loudness = samples.unflatten(0, (count, length)).square().mean(1).sqrt()
+    reach = max(1, round(fps / 8))
+    loudest = F.max_pool1d(loudness[None], 2 * reach + 1, stride=1, padding=reach)[0]
+    return loudest < threshold * loudness.quantile(0.9)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Heard:
+    """What the conditioner should hear in a clip."""
+
+    audio: AudioFeatures
+    shapes: MouthShapes
+    """Of the clip's training part."""
+    quiet: Int[Tensor, " q"]
+    """Silent frames that may be learnt from."""
+
+    shut: Float[Tensor, " k"]
+    """The mouth when it is shut."""
+
+
+def shut_mouth(shapes: MouthShapes, opening: Float[Tensor, " t"]) -> Float[Tensor, " k"]:
+    """Return the median shape of the tenth of the frames in which the mouth is open least.
+
+    What the mouth does while nothing sounds would not do: speakers breathe in, and open before they begin.
+    """
+    return shapes.values[opening <= opening.quantile(0.1)].median(0).values
+
+
+def hearing_losses(conditioner: Conditioner, heard: Heard, frames: Int[Tensor, " b"], noise: float, generator: torch.Generator) -> dict[str, Tensor]:
+    """Compare the mouth's components read off the audio tokens with the tracked ones: `hearing`, `velocity`, `silence`, weighted by importance.
+
+    `hearing` is the mean square error, `velocity` that of the change from frame to frame, and `silence` the mean square distance from the
+    shut mouth when the sound of one silent frame goes on and on.
 
     Args:
         conditioner: what listens.
-        audio: features of the clip.
-        shapes: what should be heard.
-        frames: which frames.
-        noise: added to their features.
+        heard: features of the clip and what should be heard in them.
+        frames: which frames; their successors are listened to as well.
+        noise: standard deviation of the noise on the features.
+        generator: of that noise, and of which silent frames.
     """
     assert conditioner.mouth_head is not None, "this conditioner has no mouth shapes"
-    weight = conditioner.mouth_head.weight
-    heard = conditioner.mouth_head(conditioner.audio_token((audio.around(frames) + noise).to(weight)))
-    error = (heard - shapes.values[frames].to(weight)).square()
-    return (error * shapes.importance.to(weight)).sum(1).mean()
+    weight, values = conditioner.mouth_head.weight, heard.shapes.values
+    frames = frames.clamp(max=len(values) - 2)
+    pairs = torch.cat([frames, frames + 1])
+    windows = heard.audio.around(pairs)
+    if len(heard.quiet):
+        silent = heard.quiet[torch.randint(len(heard.quiet), (max(1, len(frames) // 8),), generator=generator)]
+        windows = torch.cat([windows, heard.audio.values[silent, None].expand(-1, windows.shape[1], -1, -1)])
+    windows = windows + noise * torch.randn(windows.shape, generator=generator)
+    found = conditioner.mouth_head(conditioner.audio_token(windows.to(weight)))
+    importance = heard.shapes.importance.to(weight)
+
+    def error(mouth: Float[Tensor, "n k"], wanted: Float[Tensor, "*n k"]) -> Float[Tensor, ""]:
+        return ((mouth - wanted.to(weight)).square() * importance).sum(1).mean()
+
+    both = found[: len(pairs)]
+    first, second = both.chunk(2)
+    terms = {"hearing": error(both, values[pairs]), "velocity": error(second - first, values[frames + 1] - values[frames])}
+    if len(heard.quiet):
+        terms["silence"] = error(found[len(pairs) :], heard.shut)
+    return terms

@@ -1,0 +1,240 @@
+"""One step of training an avatar: draw frames, predict their deltaplanes, render, compare, descend."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from talk3d.errors import ConfigError, WeightsError
+from talk3d.metrics.image import SSIM_WINDOW, ssim_map
+from talk3d.models.avatar import Avatar
+from talk3d.perception.landmarks import mouth_opening
+from talk3d.perception.perceptual import load_lpips
+from talk3d.stages.personalize import face_emphasis
+from talk3d.training.lips import LipReader, mouth_crops, mouth_windows, teach
+from talk3d.training.loop import Average, cosine_decay
+from talk3d.training.losses import (
+    Heard,
+    PictureTarget,
+    hearing_losses,
+    mouth_shapes,
+    picture_losses,
+    premultiply,
+    quiet_frames,
+    shut_mouth,
+    weighted_sum,
+)
+from talk3d.types import Clip, Driving, Progress, Rendering
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossWeights:
+    """Weights of the terms of training; 0 leaves a term out."""
+
+    image: float = 1.0
+    """L1 of the full picture, premultiplied over black."""
+    detail: float = 2.0
+    """L1 of its Laplacian pyramid."""
+    alpha: float = 0.5
+    """L1 of the matte."""
+    raw: float = 0.5
+    """L1 of the picture before super-resolution."""
+    structure: float = 0.0
+    """1 - SSIM of the full picture: our offline perceptual term."""
+    lips: float = 0.0
+    """Mean square difference of what a lip reader, taught on the clip, reads off rendered and filmed mouths: our offline lip-sync term."""
+    hearing: float = 0.05
+    """Mean square error of the mouth's components heard in the sound."""
+    velocity: float = 0.0
+    """The same of their change from frame to frame."""
+    silence: float = 0.0
+    """The same of the distance from the shut mouth when nothing sounds."""
+    perceptual: float = 0.0
+    """LPIPS of the full picture, where its published weights are there."""
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that cannot work."""
+        if min(vars(self).values()) < 0:
+            raise ConfigError("weights of losses cannot be negative: give 0 to leave a term out")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LessonConfig:
+    """How hard to train, and on what."""
+
+    steps: int = 1200
+    """Optimisation steps."""
+    frames_per_step: int = 2
+    """Frames rendered in one step."""
+    listening_steps: int = 600
+    """Steps of the lesson before, in which the audio encoder learns to tell the shape of the mouth."""
+    listening_frames: int = 64
+    """Frames in one such step; nothing is rendered."""
+    listening_rate: float = 2e-3
+    """AdamW's rate in that lesson at the start; falls to zero."""
+    listening_decay: float = 0.3
+    """AdamW's weight decay in that lesson, so that it learns sounds rather than frames."""
+    reading_steps: int = 300
+    """Steps in which the lip reader is taught."""
+    learning_rate: float = 2e-3
+    """Adam's rate of conditioner, U-Net and linear bases at the start; falls to a twentieth along a half cosine."""
+    renderer_rate: float = 1e-3
+    """Adam's rate of decoder and super-resolution, with the same schedule; 0 leaves them as they are."""
+    identity_rate: float = 4e-3
+    """Adam's rate of the identity planes in units of their standard deviation, with the same schedule; 0 leaves them as they are."""
+    mouth_emphasis: float = 20.0
+    """How much more a pixel of the mouth counts than one of the background."""
+    face_emphasis: float = 3.0
+    """How much more a pixel of the face counts."""
+    audio_noise: float = 0.3
+    """Standard deviation of the noise on speech features, in their units."""
+    tracked_mouth: float = 0.7
+    """Share of draws in which the linear bases see the tracked mouth instead of what is heard: errors of hearing would shrink the lips' motion."""
+    average_decay: float = 0.99
+    """Of the moving average of the weights, which is what is kept."""
+    weights: LossWeights = field(default_factory=LossWeights)
+    """Of the losses."""
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that cannot work."""
+        if min(self.steps, self.frames_per_step) < 1:
+            raise ConfigError("train needs at least 1 step and 1 frame a step: give positive numbers")
+        if not 0 <= self.tracked_mouth <= 1:
+            raise ConfigError(f"tracked_mouth is a share, got {self.tracked_mouth}: give a number from 0 to 1")
+
+
+class Lesson:
+    """One step of training and what it needs."""
+
+    def __init__(self, avatar: Avatar, clip: Clip, config: LessonConfig, *, num_frames: int, device: str, seed: int) -> None:
+        """Prepare to teach the avatar on the first `num_frames` frames of the clip."""
+        self.avatar, self.clip, self.config, self.device, self.num_frames = avatar.train(), clip, config, device, num_frames
+        track, used = clip.track, slice(0, clip.num_training_frames)
+        shapes = mouth_shapes(track.landmarks[used], track.head_pose[used], avatar.config.conditioning.mouth_shapes)
+        quiet = quiet_frames(clip.waveform, clip.fps, num_frames).nonzero()[:, 0]
+        shut = shut_mouth(shapes, mouth_opening(track.landmarks[used]))
+        self.heard = Heard(audio=clip.audio, shapes=shapes, quiet=quiet, shut=shut)
+        self.windows = mouth_windows(track.landmarks[used], avatar.resolution)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.reader = LipReader(shapes.values.shape[1]).to(device)
+        self.perceptual = _if_there(lambda: load_lpips(device=device)) if config.weights.perceptual else None
+        self.average = Average(avatar, config.average_decay)
+        self.modules: dict[str, nn.Module] = {"avatar": avatar, "average": self.average.module, "reader": self.reader}
+        self.rates = (config.learning_rate, config.renderer_rate, config.identity_rate * float(avatar.predictor.scale))
+        self.optimizer = torch.optim.Adam(
+            [
+                {"params": [*avatar.conditioner.parameters(), *avatar.predictor.parameters()]},
+                {"params": list(avatar.personalized.renderer.parameters())},
+                {"params": [avatar.personalized.identity]},
+            ],
+            betas=(0.9, 0.99),
+        )
+        self.generators = {"choice": torch.Generator().manual_seed(seed), "rays": torch.Generator(device).manual_seed(seed)}
+
+    def listen(self, progress: Progress) -> None:
+        """Teach the audio encoder to tell the shape of the mouth, and the lip reader to read it."""
+        config = self.config
+        optimizer = torch.optim.AdamW(self.avatar.conditioner.parameters(), lr=config.listening_rate, weight_decay=config.listening_decay)
+        relative = {name: getattr(config.weights, name) / (config.weights.hearing or 1.0) for name in ("velocity", "silence")} | {"hearing": 1.0}
+        for number in range(config.listening_steps):
+            optimizer.param_groups[0]["lr"] = config.listening_rate * (1 - number / config.listening_steps)
+            terms = self._hear(max(1, config.listening_frames // 2))
+            loss = weighted_sum(terms, relative)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            if number % 20 == 19:
+                progress("listen", number + 1, config.listening_steps, {name: float(term.detach()) for name, term in terms.items()})
+        self.average.module.load_state_dict(self.avatar.state_dict())
+        if config.weights.lips:
+            self._teach_reader()
+
+    def _teach_reader(self) -> None:
+        index = torch.linspace(0, self.num_frames - 1, min(self.num_frames, 3000)).round().long()
+        crops = torch.cat([mouth_crops(premultiply(*self.clip.images(part)), self.windows[part]) for part in index.split(64)])
+        shapes = self.heard.shapes
+        reader = self.reader.cpu().requires_grad_(True)
+        teach(reader, crops, shapes.values[index], shapes.importance, self.config.reading_steps, self.generators["choice"])
+        reader.to(self.device)
+
+    def _hear(self, count: int) -> dict[str, Float[Tensor, ""]]:
+        choice = self.generators["choice"]
+        frames = torch.randint(max(1, self.num_frames - 1), (count,), generator=choice)
+        return hearing_losses(self.avatar.conditioner, self.heard, frames, self.config.audio_noise, choice)
+
+    def step(self, number: int) -> dict[str, Float[Tensor, ""]]:
+        """Draw frames, predict their deltaplanes, render, compare, descend."""
+        config, choice = self.config, self.generators["choice"]
+        scale = cosine_decay(number / config.steps, 0.05) * min(1.0, (number + 1) / 50)
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * scale
+        index = torch.randint(self.num_frames, (config.frames_per_step,), generator=choice)
+        terms = self._compare(self._render(index), index) | self._hear(8)
+        loss = weighted_sum(terms, vars(config.weights))
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.avatar.parameters(), 1.0)
+        self.optimizer.step()
+        self.average.update(self.avatar, number)
+        return {name: term.detach() for name, term in terms.items()}
+
+    def _render(self, index: Int[Tensor, " b"]) -> Rendering:
+        avatar, choice = self.avatar, self.generators["choice"]
+        driving = self._driving(index)
+        tokens = avatar.conditioner(driving, choice)
+        heard = avatar.conditioner.mouth(tokens)
+        tracked = torch.rand(len(index), 1, generator=choice) < self.config.tracked_mouth
+        mouth = torch.where(tracked.to(heard.device), self.heard.shapes.values[index].to(heard), heard)
+        person = avatar.personalized
+        delta = avatar.predictor(person.triplane, tokens, avatar.conditioner.coefficients(driving, mouth))
+        return person.render(person.triplane + delta, self.clip.track.cameras[index].to(self.device), self.generators["rays"])
+
+    def _compare(self, rendering: Rendering, index: Int[Tensor, " b"]) -> dict[str, Float[Tensor, ""]]:
+        weights = self.config.weights
+        target, emphasis = self._target(index)
+        terms = picture_losses(rendering, target, emphasis)
+        if weights.structure:
+            terms["structure"] = structure_loss(rendering.image, target.image, emphasis)
+        if weights.lips:
+            windows = self.windows[index]
+            terms["lips"] = self.reader.loss(mouth_crops(rendering.image, windows), mouth_crops(target.image, windows), self.heard.shapes)
+        if self.perceptual is not None:
+            terms["perceptual"] = self.perceptual(rendering.image, target.image).mean()
+        return {name: term for name, term in terms.items() if getattr(weights, name)}
+
+    def _target(self, index: Int[Tensor, " b"]) -> tuple[PictureTarget, Float[Tensor, "b 1 h w"]]:
+        image, alpha = self.clip.images(index)
+        emphasis = face_emphasis(self.clip.track.landmarks[index].float(), image.shape[-1], self.config.mouth_emphasis, self.config.face_emphasis)
+        target = PictureTarget(image=premultiply(image, alpha).to(self.device), alpha=alpha.to(self.device))
+        return target, (emphasis / emphasis.mean((1, 2, 3), keepdim=True)).to(self.device)
+
+    def _driving(self, index: Int[Tensor, " b"]) -> Driving:
+        true = self.clip.driving(index)
+        noise = torch.randn(true.audio.shape, generator=self.generators["choice"])
+        return Driving(
+            audio=(true.audio + self.config.audio_noise * noise).to(self.device),
+            blink=true.blink.float().to(self.device),
+            head_pose=true.head_pose.float().to(self.device),
+            anchors=true.anchors.float().to(self.device),
+        )
+
+
+def structure_loss(image: Float[Tensor, "b 3 h w"], target: Float[Tensor, "b 3 h w"], weight: Float[Tensor, "b 1 h w"]) -> Float[Tensor, ""]:
+    """Return 1 - SSIM of pictures in [-1, 1], weighted at the windows' centres."""
+    border = SSIM_WINDOW // 2
+    different = 1 - ssim_map(0.5 * (image + 1), 0.5 * (target + 1))
+    return (different * weight[..., border:-border, border:-border]).mean()
+
+
+def _if_there(load: Callable[[], T]) -> T | None:
+    """Return a published network, or None where its weights are not there."""
+    try:
+        return load()
+    except WeightsError:
+        return None

@@ -1,0 +1,71 @@
+"""The lesson's terms: named, weighted, switchable, and blind to what is not learnt from."""
+
+import copy
+import dataclasses
+from dataclasses import replace
+
+import pytest
+import torch
+
+from talk3d.errors import ConfigError
+from talk3d.metrics.image import ssim
+from talk3d.models.avatar import Avatar, PersonalizedGenerator, Prior
+from talk3d.stages.lesson import Lesson, LessonConfig, LossWeights, structure_loss
+from talk3d.stages.train import TrainConfig, train
+from talk3d.types import Clip
+
+QUICK = LessonConfig(steps=4, listening_steps=1, listening_frames=4, reading_steps=2, weights=LossWeights(structure=0.3, lips=0.02))
+
+
+@pytest.fixture
+def avatar(prior: Prior, clip: Clip) -> Avatar:
+    ws = prior.generator.mapping(torch.randn(1, 8))
+    person = PersonalizedGenerator.from_generator(prior.generator, ws, {"source_sha256": clip.source_sha256})
+    return train(person, clip, TrainConfig(steps=1, listening_steps=1, listening_frames=4, reading_steps=1)).requires_grad_(True)
+
+
+def terms(avatar: Avatar, clip: Clip, config: LessonConfig, num_frames: int = 11) -> dict[str, float]:
+    lesson = Lesson(copy.deepcopy(avatar), clip, config, num_frames=num_frames, device="cpu", seed=0)
+    lesson.listen(lambda *_: None)
+    return {name: float(value) for name, value in lesson.step(0).items()}
+
+
+def test_terms_are_named_and_a_weight_of_zero_leaves_one_out(avatar: Avatar, clip: Clip) -> None:
+    found = terms(avatar, clip, QUICK)
+    assert {"image", "detail", "alpha", "raw", "structure", "lips", "hearing", "velocity"} <= found.keys()
+    assert all(value >= 0 for value in found.values())
+    bare = terms(avatar, clip, replace(QUICK, weights=LossWeights(structure=0.0, lips=0.0, detail=0.0)))
+    assert found.keys() - bare.keys() == {"structure", "lips", "detail"}
+    with pytest.raises(ConfigError, match="cannot be negative"):
+        LossWeights(image=-1.0)
+    with pytest.raises(ConfigError, match="a share"):
+        LessonConfig(tracked_mouth=1.5)
+
+
+def test_structure_is_one_less_the_similarity() -> None:
+    image, target = (2 * torch.rand(2, 3, 24, 24) - 1 for _ in range(2))
+    even = structure_loss(image, target, torch.ones(2, 1, 24, 24))
+    torch.testing.assert_close(even, 1 - ssim(0.5 * (image + 1), 0.5 * (target + 1)).mean())
+    assert structure_loss(target, target, torch.ones(2, 1, 24, 24)).abs() < 1e-6
+
+
+def test_frames_beyond_those_to_learn_from_are_not_looked_at(avatar: Avatar, clip: Clip) -> None:
+    frames = clip.frames.copy()
+    frames[8:] = 255
+    values = [terms(avatar, one, QUICK, num_frames=8) for one in (clip, dataclasses.replace(clip, frames=frames))]
+    assert values[0] == values[1]
+
+
+def test_the_bases_see_the_tracked_mouth_as_often_as_asked(avatar: Avatar, clip: Clip) -> None:
+    loud = copy.deepcopy(avatar)
+    with torch.no_grad():
+        loud.predictor.bases.normal_()
+        loud.conditioner.mouth_head.bias.add_(5.0)
+    images = []
+    for share in (0.0, 1.0):
+        for model in (loud, avatar):
+            model = copy.deepcopy(model)
+            model.predictor.bases.data.copy_(loud.predictor.bases)
+            lesson = Lesson(model, clip, replace(QUICK, tracked_mouth=share), num_frames=11, device="cpu", seed=0)
+            images.append(lesson._render(torch.tensor([2, 5])).raw.detach())
+    assert not torch.allclose(images[0], images[1]) and torch.allclose(images[2], images[3])
