@@ -1,9 +1,13 @@
-"""Picture measures, one number per frame, so that a mean over frames is a mean of frames. Pure functions on tensors."""
+"""Picture measures, one number per frame, so that a mean over frames is a mean of frames; parts of pictures; distances of sets of pictures."""
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float, UInt8
+from PIL import Image, ImageDraw
 from torch import Tensor
+from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.image.kid import KernelInceptionDistance
 
 MAX_PSNR_DB = 100.0
 """What equal pictures score: the mean square is floored at 1e-10, so that means stay finite."""
@@ -81,3 +85,67 @@ def box_mask(box: Float[Tensor, "b 4"], height: int, width: int) -> Float[Tensor
     left, top, right, bottom = (side[:, None] for side in box.unbind(1))
     across, down = (x >= left) & (x < right), (y >= top) & (y < bottom)
     return (down[:, None, :, None] & across[:, None, None, :]).float()
+
+
+def box_around(points: Float[Tensor, "t n 2"], margin: float) -> Float[Tensor, "t 4"]:
+    """Left, top, right, bottom of points, widened on each side by `margin` of the larger side."""
+    low, high = points.amin(1), points.amax(1)
+    border = margin * (high - low).amax(1, keepdim=True)
+    return torch.cat([low - border, high + border], 1)
+
+
+def outline_mask(landmarks: Float[Tensor, "n 2"], outline: tuple[int, ...], height: int, width: int) -> Float[Tensor, "1 h w"]:
+    """1 inside a closed line of points, 0 elsewhere.
+
+    Args:
+        landmarks: in pixels, pixel centres at half-integers.
+        outline: numbers of the points, in order.
+        height: of the mask in pixels.
+        width: of the mask in pixels.
+    """
+    canvas = Image.new("L", (width, height))
+    ImageDraw.Draw(canvas).polygon([(float(x) - 0.5, float(y) - 0.5) for x, y in landmarks[list(outline)]], fill=1)
+    return torch.from_numpy(np.array(canvas, np.float32))[None]
+
+
+def floats(pictures: UInt8[np.ndarray, "b h w 3"]) -> Float[Tensor, "b 3 h w"]:
+    """Pictures in [0, 1]."""
+    return torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2).float() / 255  # b 3 h w
+
+
+def flicker(pictures: UInt8[np.ndarray, "2 h w 3"], real: UInt8[np.ndarray, "2 h w 3"] | None, inside: Bool[np.ndarray, "h w"]) -> float:
+    """Mean square, over some pixels, of the change from one frame to the next, less the real film's change; levels of 255; nan without pixels."""
+    change = pictures[1].astype(np.float32) - pictures[0]
+    if real is not None:
+        change -= real[1].astype(np.float32) - real[0]
+    return float(np.square(change[inside]).mean()) if inside.any() else float("nan")
+
+
+def root_mean(squares: list[float]) -> float:
+    """Square root of the mean of those that are numbers; nan if none is."""
+    finite = [value for value in squares if np.isfinite(value)]
+    return float(np.sqrt(np.mean(finite))) if finite else float("nan")
+
+
+def distribution_distances(
+    features: torch.nn.Module, real: UInt8[np.ndarray, "t h w 3"], ours: UInt8[np.ndarray, "t h w 3"], device: str = "cpu"
+) -> tuple[float, float]:
+    """Fréchet and kernel distance between the features of two sets of pictures.
+
+    Args:
+        features: uint8 pictures to vectors; has `num_features`.
+        real: one set.
+        ours: the other.
+        device: where to compute.
+    """
+    frechet = FrechetInceptionDistance(feature=features).to(device)
+    kernel = KernelInceptionDistance(feature=features, subsets=50, subset_size=max(2, min(len(real), len(ours)) // 2)).to(device)
+    for pictures, are_real in ((real, True), (ours, False)):
+        for start in range(0, len(pictures), 8):
+            batch = torch.from_numpy(np.ascontiguousarray(pictures[start : start + 8])).permute(0, 3, 1, 2).to(device)  # b 3 h w
+            frechet.update(batch, real=are_real)
+            kernel.update(batch, real=are_real)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # torchmetrics draws the subsets
+        mean, _ = kernel.compute()
+    return float(frechet.compute()), float(mean)
