@@ -19,6 +19,8 @@ from talk3d.stages.evaluate import EvaluateConfig, evaluate
 DEFAULTS, COMPARE_DEFAULTS = EvaluateConfig(), CompareConfig()
 FILMS = {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi"}
 """Endings of films; anything else is an avatar."""
+WIDTH = 120
+"""Characters in a line where nobody watches."""
 ENDINGS = (".json", ".html", ".htm")
 
 
@@ -113,7 +115,9 @@ def print_report(title: str, report: Report, console: Console | None = None) -> 
         report: with one or more columns.
         console: where to; the standard output if None.
     """
-    console = console or Console()
+    if console is None:
+        console = Console()
+        console = console if console.is_terminal else Console(width=WIDTH)
     print_table(title, ("measure", "", *report.columns, "frames"), report.rows(), console)
     for needs, names in report.gaps().items():
         console.print(f"{', '.join(names)}: not measured (needs {needs})", highlight=False, markup=False)

@@ -1,5 +1,7 @@
 """Picture measures, one number per frame, so that a mean over frames is a mean of frames; parts of pictures; distances of sets of pictures."""
 
+import warnings
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -127,25 +129,46 @@ def root_mean(squares: list[float]) -> float:
     return float(np.sqrt(np.mean(finite))) if finite else float("nan")
 
 
+class _Ready(torch.nn.Module):
+    """Hands on features that are computed already."""
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.num_features = num_features
+
+    def forward(self, features: Float[Tensor, "b d"]) -> Float[Tensor, "b d"]:
+        return features
+
+
 def distribution_distances(
-    features: torch.nn.Module, real: UInt8[np.ndarray, "t h w 3"], ours: UInt8[np.ndarray, "t h w 3"], device: str = "cpu"
+    network: torch.nn.Module, real: UInt8[np.ndarray, "t h w 3"], ours: UInt8[np.ndarray, "u h w 3"], device: str = "cpu"
 ) -> tuple[float, float]:
     """Fréchet and kernel distance between the features of two sets of pictures.
 
     Args:
-        features: uint8 pictures to vectors; has `num_features`.
+        network: uint8 pictures to vectors.
         real: one set.
         ours: the other.
-        device: where to compute.
+        device: where to compute the features.
     """
-    frechet = FrechetInceptionDistance(feature=features).to(device)
-    kernel = KernelInceptionDistance(feature=features, subsets=50, subset_size=max(2, min(len(real), len(ours)) // 2)).to(device)
-    for pictures, are_real in ((real, True), (ours, False)):
-        for start in range(0, len(pictures), 8):
-            batch = torch.from_numpy(np.ascontiguousarray(pictures[start : start + 8])).permute(0, 3, 1, 2).to(device)  # b 3 h w
-            frechet.update(batch, real=are_real)
-            kernel.update(batch, real=are_real)
+    features = [_features(network, pictures, device) for pictures in (real, ours)]
+    ready = _Ready(features[0].shape[1])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that features are kept, which they are anyway
+        metrics = [
+            FrechetInceptionDistance(feature=ready),
+            KernelInceptionDistance(feature=ready, subsets=50, subset_size=max(2, min(len(real), len(ours)) // 2)),
+        ]
+    for metric in metrics:
+        for vectors, are_real in zip(features, (True, False), strict=True):
+            metric.update(vectors, real=are_real)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # torchmetrics draws the subsets
-        mean, _ = kernel.compute()
-    return float(frechet.compute()), float(mean)
+        mean, _ = metrics[1].compute()
+    return float(metrics[0].compute()), float(mean)
+
+
+def _features(network: torch.nn.Module, pictures: UInt8[np.ndarray, "t h w 3"], device: str) -> Float[Tensor, "t d"]:
+    batches = (torch.from_numpy(np.ascontiguousarray(pictures[start : start + 8])) for start in range(0, len(pictures), 8))
+    with torch.no_grad():
+        return torch.cat([network(batch.permute(0, 3, 1, 2).to(device)).float().cpu() for batch in batches])  # b 3 h w

@@ -234,7 +234,7 @@ class Report:
         return list(dict.fromkeys(entry.name for column in self.columns.values() for entry in column))
 
     def rows(self) -> list[tuple[str, ...]]:
-        """Return rows for a table in a terminal: name, better, each column's value, on how many values it stands; what nobody measured is left out."""
+        """Return rows for a table in a terminal: name, better, each column's value, how many values it stands on; unmeasured rows are left out."""
         found = []
         for name in self.names:
             entries = [self.find(name, column) for column in self.columns]
@@ -317,7 +317,7 @@ def _plain(value: Any) -> Any:
     return value if value is None or isinstance(value, str | int | float) else str(value)
 
 
-def contact_sheet(rows: Sequence[Row]) -> UInt8[np.ndarray, "h w 3"]:
+def contact_sheet(rows: Sequence[Row]) -> UInt8[np.ndarray, "H W 3"]:
     """Lay labelled pictures of one size out in rows, on dark grey.
 
     Args:
