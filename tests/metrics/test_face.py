@@ -109,12 +109,16 @@ def test_the_lag_of_a_mouth_that_comes_three_frames_late() -> None:
     t = np.arange(100.0)
     mouth = np.sin(0.4 * t) + 0.5 * np.sin(0.93 * t)
     late = np.concatenate([np.zeros(3), mouth[:-3]])
-    assert mouth_lag(late, mouth) == pytest.approx(3, abs=0.05)
-    assert mouth_lag(mouth, late) == pytest.approx(-3, abs=0.05)
-    assert mouth_lag(mouth, mouth) == pytest.approx(0, abs=1e-9)
-    assert mouth_lag(np.sin(0.4 * (t - 0.5)), np.sin(0.4 * t)) == pytest.approx(0.5, abs=0.05)
-    assert math.isnan(mouth_lag(np.ones(100), mouth))
-    assert math.isnan(mouth_lag(np.random.default_rng(1).standard_normal(400), np.random.default_rng(2).standard_normal(400)))
+    assert mouth_lag(late, mouth, 25.0) == pytest.approx(3, abs=0.25)
+    assert mouth_lag(mouth, late, 25.0) == pytest.approx(-3, abs=0.25)
+    assert mouth_lag(mouth, mouth, 25.0) == pytest.approx(0, abs=1e-9)
+    assert mouth_lag(mouth + 0.3 * t, mouth - 0.2 * t, 25.0) == pytest.approx(0, abs=0.1)  # slow drift says nothing of lips
+    assert mouth_lag(np.sin(0.4 * (t - 0.5)), np.sin(0.4 * t), 25.0) == pytest.approx(0.5, abs=0.1)
+    gap = np.where((t > 20) & (t < 24), np.nan, late)
+    assert mouth_lag(gap, mouth, 25.0) == pytest.approx(3, abs=0.3)
+    assert math.isnan(mouth_lag(np.ones(100), mouth, 25.0)) and math.isnan(mouth_lag(mouth[:8], mouth[:8], 25.0))
+    assert math.isnan(mouth_lag(np.random.default_rng(1).standard_normal(900), np.random.default_rng(2).standard_normal(900), 25.0))
+    assert math.isnan(mouth_lag(np.full(100, np.nan), mouth, 25.0))
 
 
 def test_a_head_that_turns_by_five_degrees_is_off_by_five() -> None:

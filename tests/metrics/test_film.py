@@ -108,7 +108,7 @@ def test_a_film_of_half_the_motion_two_frames_late_and_ten_levels_brighter() -> 
     seen = measure_film(ours, a_scene(real), networks())
     found = values(seen)
     assert found["psnr_mask"] == pytest.approx(20 * math.log10(255 / 10), abs=1e-3)
-    assert found["mouth_lag"] == pytest.approx(80, abs=6) and found["mouth_gain"] == pytest.approx(0.5, abs=0.05)
+    assert found["mouth_lag"] == pytest.approx(80, abs=10) and found["mouth_gain"] == pytest.approx(0.5, abs=0.05)
     assert found["aue_lower"] == pytest.approx(0.2, abs=1e-6) and found["aue_upper"] == pytest.approx(0.2, abs=1e-6)
     apart = np.abs(np.array(openings) - late).mean() / 100 * len(set(LOWER) & set(LIP_POINTS)) / 40
     assert found["lmd_lips"] == pytest.approx(apart, rel=1e-3)

@@ -3,10 +3,12 @@
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
+from scipy.signal import butter, sosfiltfilt
 from torch import Tensor
 
 from talk3d.errors import ShapeError
 from talk3d.metrics.image import box_around
+from talk3d.metrics.offset import SYLLABLES_HZ
 from talk3d.ops.geometry import fit_similarity
 from talk3d.perception.headpose import RIGID_POINTS as HEAD_POINTS
 from talk3d.types import Waveform
@@ -99,26 +101,36 @@ def face_box(landmarks: Float[Tensor, "t n 2"], margin: float = 0.1) -> Float[Te
     return box_around(landmarks[:, :NUM_FACE_POINTS], margin)
 
 
-def mouth_lag(opening: Float[np.ndarray, " t"], reference: Float[np.ndarray, " t"]) -> float:
-    """By how many frames one mouth follows another: where their correlation is highest, between shifts by a parabola.
+def mouth_lag(opening: Float[np.ndarray, " t"], reference: Float[np.ndarray, " t"], fps: float) -> float:
+    """By how many frames one mouth follows another at the pace of syllables: where their correlation is highest, between shifts by a parabola.
 
-    nan where nothing moves, or nowhere together.
+    nan where one of them does not move, where they never move together, and for films of less than half a second.
 
     Args:
-        opening: of the mouth that may be late; nan where unknown.
+        opening: of the mouth that may be late; nan where unknown, which is filled from both sides.
         reference: of the other.
+        fps: frames a second.
     """
     reach = min(LAG_FRAMES, len(opening) // 3)
-    shifts = range(-reach, reach + 1)
-    count = len(opening)
-    curve = [correlation(opening[max(k, 0) : count + min(k, 0)], reference[max(-k, 0) : count - max(k, 0)]) for k in shifts]
-    if reach < 1 or not np.isfinite(curve).all() or max(curve) < LAG_CORRELATION:
+    if len(opening) < max(0.5 * fps, 12) or not (np.isfinite(opening).any() and np.isfinite(reference).any()):
+        return float("nan")
+    pace = butter(1, (SYLLABLES_HZ[0], min(SYLLABLES_HZ[1], 0.4 * fps)), "bandpass", fs=fps, output="sos")
+    ours, theirs = (sosfiltfilt(pace, _whole(curve), padlen=3) for curve in (opening, reference))
+    shifts, count = range(-reach, reach + 1), len(opening)
+    curve = [correlation(ours[max(k, 0) : count + min(k, 0)], theirs[max(-k, 0) : count - max(k, 0)]) for k in shifts]
+    if not np.isfinite(curve).all() or max(curve) < LAG_CORRELATION or min(np.std(ours), np.std(theirs)) < 1e-6:
         return float("nan")
     top = int(np.argmax(curve))
     if not 0 < top < len(curve) - 1:
         return float(shifts[top])
     before, at, after = curve[top - 1 : top + 2]
     return shifts[top] + 0.5 * (before - after) / (before - 2 * at + after)
+
+
+def _whole(curve: Float[np.ndarray, " t"]) -> Float[np.ndarray, " t"]:
+    """A curve with its gaps filled by straight lines."""
+    known = np.flatnonzero(np.isfinite(curve))
+    return np.interp(np.arange(len(curve)), known, curve[known])
 
 
 def head_rotations(landmarks: Float[Tensor, "t n 2"], shape: Float[Tensor, "p 3"]) -> Float[Tensor, "t 3 3"]:

@@ -283,7 +283,7 @@ def _face_measures(watched: Watched, scene: Scene, curves: Mapping[str, np.ndarr
 
     real, ours = scene.watched.opening, watched.opening
     moving = correlation_possible(ours, real)
-    lag = measures_of.mouth_lag(ours, real)
+    lag = measures_of.mouth_lag(ours, real, scene.fps)
     gain = float(np.std(ours[both]) / np.std(real[both])) if moving else float("nan")
     return [
         of_frames("lmd_lips", "frames in which the face is found in both films"),

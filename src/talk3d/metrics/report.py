@@ -81,7 +81,9 @@ MEASURES: dict[str, Definition] = {
     "mouth_correlation_truth": Definition("", "higher", f"Pearson's r of mouth opening, detector on this film against the known truth {_OPENING}"),
     "mouth_gain": Definition("", "as real", "standard deviation of mouth opening over that of the real film; below 1: the mouth moves too little"),
     "mouth_lag": Definition(
-        "ms", "as real", "shift at which mouth opening correlates best with the real film's, within ±0.4 s; positive: it comes late"
+        "ms",
+        "as real",
+        "shift within 0.4 s at which mouth opening (1 to 8 Hz) correlates best with the real film's; positive: late; nonsense where it hardly moves",
     ),
     "blink_correlation": Definition("", "higher", "Pearson's r of the lids' distance over the eye's width, mean of both eyes, rendered against real"),
     "pose_error": Definition(

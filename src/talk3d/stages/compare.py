@@ -146,7 +146,7 @@ def read_crops(path: Path, clip: Clip, frames: Int[Tensor, " t"], *, cropped: bo
     if first is None:
         held = clip.num_frames - clip.num_training_frames
         raise ConfigError(
-            f"{path} has {scan.num_frames} frames, the clip {clip.num_frames} the last {held} of them held out: give a film of all or of these"
+            f"{path} has {scan.num_frames} frames, the clip {clip.num_frames}, the last {held} of them held out: give a film of all or of these"
         )
     found = []
     for number, picture in enumerate(read_video(path, scan=scan)):
