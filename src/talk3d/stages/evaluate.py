@@ -283,7 +283,8 @@ def curves_of(seen: Mapping[str, Seen], truth: Truth | None, frames: Int[Tensor,
     """
     found: dict[str, dict[str, np.ndarray]] = {}
     for heading, name in PLOTS.items():
-        shown = {film: one.curves[name] for film, one in seen.items() if name in one.curves and (film != TRUTH or name in WITH_TRUTH)}
+        order = sorted(seen, key=lambda film: film == TRUTH)  # the real film last, so that the others keep their colours
+        shown = {film: seen[film].curves[name] for film in order if name in seen[film].curves and (film != TRUTH or name in WITH_TRUTH)}
         found[heading] = {"real" if film == TRUTH else film: curve for film, curve in shown.items() if np.isfinite(curve).any()}
     if truth is not None:
         found[OPENING]["known truth"] = truth.mouth_opening[frames.numpy()]
