@@ -85,6 +85,8 @@ def test_the_real_film_beats_an_avatar_that_shows_colours(clip: Clip, make_avata
 def test_what_cannot_be_compared_is_refused(clip: Clip, make_avatar: Callable[..., Any]) -> None:
     with pytest.raises(ConfigError, match="nothing to compare"):
         compare({}, clip)
+    with pytest.raises(ConfigError, match="called truth"):
+        compare({"truth": make_avatar(side=32)}, clip)
     with pytest.raises(ConfigError, match="'hubert'"):
         compare({"a": make_avatar(side=32, audio_source="hubert")}, clip)
     with pytest.raises(ConfigError, match="nothing honest"):

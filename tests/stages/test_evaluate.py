@@ -228,14 +228,14 @@ def test_playing_the_real_film_back_is_perfect_and_the_controls_are_not(known_cl
         value = report.value(name, column)
         assert value is not None and low <= value <= high, f"{column}, {name}: {value}"
     frozen = report.value("mouth_correlation", "frozen mouth")
-    assert frozen is None or abs(frozen) < 0.3
+    assert frozen is None or abs(frozen) < 0.6  # one second
     assert report.value("orbit_found") == 0 and report.value("orbit_likeness") is None  # from other cameras it is invisible
     assert report.to_json()["facts"]["truth"]["was"].startswith("found")
 
 
 @pytest.mark.usefixtures("no_face_model")
 def test_unseen_cameras_of_an_invisible_avatar_show_the_background(known_clip: Clip, shared: Path) -> None:
-    config = EvaluateConfig(novel_every=20, controls=False)
+    config = EvaluateConfig(novel_every=20, controls=False, max_frames=21)
     report = evaluate(Playback(known_clip), known_clip, config, truth=shared / "data/clips/person_11")
     truth = load_truth(shared / "data/clips/person_11")
     expected = []

@@ -70,8 +70,8 @@ def compare(
         MediaError: a film cannot be read.
     """
     config, begun = config or CompareConfig(), time.perf_counter()
-    if not competitors:
-        raise ConfigError("there is nothing to compare: give one or more avatars or films")
+    if not competitors or TRUTH in competitors:
+        raise ConfigError("there is nothing to compare, or a competitor is called truth: give one or more avatars or films of other names")
     frames, side = held_out(clip, config.max_frames), clip.frames.shape[1]
     networks = load_networks(face_model, device)
     films: dict[str, UInt8[np.ndarray, "t h w 3"]] = {}
