@@ -6,6 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from talk3d.presets import BUILTIN256
+
 BENCHMARK = Path(__file__).resolve().parents[1] / "benchmarks" / "model.py"
 NOT_NEEDED = ("av", "ai_edge_litert", "mediapipe", "safetensors", "scipy", "torchmetrics", "tyro", "rich", "PIL")
 
@@ -32,3 +36,27 @@ def test_it_needs_only_the_networks() -> None:
     code = f"{without}; import runpy; runpy.run_path({str(BENCHMARK)!r}, run_name='__main__')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0 and "--tf32" in done.stdout, done.stderr
+
+
+def test_every_ablation_changes_a_setting_that_exists_and_the_table_shows_what_was_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    spec = importlib.util.spec_from_file_location("ablations", BENCHMARK.with_name("ablations.py"))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "ablations", module)
+    spec.loader.exec_module(module)
+    plain = module.training.avatar_sizes
+    for name, row in module.ROWS.items():
+        module.changed(module.PersonalizeConfig(), row.personalize)
+        sizes = module.sizes(row, plain)(BUILTIN256.renderer)
+        assert name == "default" or sizes != plain(BUILTIN256.renderer) or row.personalize or row.train or row.still or row.blank_prior
+    assert module.changed(module.TrainConfig(), {"steps": 7}).steps == 7
+    with pytest.raises(SystemExit, match="no setting 'steeps'"):
+        module.changed(module.TrainConfig(), {"steeps": 7})
+    found = {"row": "no-blink", "question": "q", "settings": {"train.steps": 5}, "measures": {"psnr_mask": {"value": 26.54321}}}
+    (tmp_path / "no-blink.json").write_text(json.dumps(found))
+    module.main(["table", str(tmp_path)])
+    assert "| no-blink | q | 26.54 | - |" in capsys.readouterr().out
+    module.main(["list"])
+    assert len(capsys.readouterr().out.splitlines()) == len(module.ROWS)

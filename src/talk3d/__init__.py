@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from talk3d.ops.geometry import orbit as orbit
     from talk3d.stages.animate import animate as animate
     from talk3d.stages.check import check as check
+    from talk3d.stages.compare import compare as compare
     from talk3d.stages.evaluate import evaluate as evaluate
     from talk3d.stages.personalize import personalize as personalize
     from talk3d.stages.pretrain import pretrain as pretrain
@@ -40,6 +41,7 @@ _HOMES = {
     "WeightsError": "talk3d.errors",
     "animate": "talk3d.stages.animate",
     "check": "talk3d.stages.check",
+    "compare": "talk3d.stages.compare",
     "evaluate": "talk3d.stages.evaluate",
     "import_eg3d": "talk3d.io.eg3d",
     "load_avatar": "talk3d.io.weights",
@@ -64,6 +66,7 @@ __all__ = [
     "__version__",
     "animate",
     "check",
+    "compare",
     "evaluate",
     "import_eg3d",
     "load_avatar",

@@ -160,7 +160,8 @@ def test_a_foreign_folder_is_not_overwritten_by_a_clip(tmp_path: Path, capsys: p
 def test_files_that_are_no_weights_are_refused(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given, other = tmp_path / "given.t3d", write_film(tmp_path / "sound.mp4")
     not_a_video(given)
-    assert "given.t3d" in refused([command, str(given), str(other), "-o", str(tmp_path / "out.mp4")], capsys)
+    out = tmp_path / ("out.json" if command == "evaluate" else "out.mp4")
+    assert "given.t3d" in refused([command, str(given), str(other), "-o", str(out)], capsys)
     assert sorted(tmp_path.iterdir()) == [given, other]
 
 

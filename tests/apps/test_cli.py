@@ -91,7 +91,8 @@ def test_every_command_has_help_with_examples(name: str, capsys: pytest.CaptureF
 def test_missing_inputs_are_one_line(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     inputs = {"train": 2, "animate": 2, "evaluate": 2}.get(name, 1)
     missing = [str(tmp_path / f"absent{number}") for number in range(inputs)]
-    assert cli.main([name, *missing, "-o", str(tmp_path / "out.mp4")]) == 2
+    more = ["--clip", missing[0]] if name == "compare" else []
+    assert cli.main([name, *missing, *more, "-o", str(tmp_path / "out.mp4")]) == 2
     assert f"{missing[0]} does not exist" in error_line(capsys)
     assert list(tmp_path.iterdir()) == []
 
@@ -101,7 +102,8 @@ def test_unwritable_outputs_are_one_line_before_work_starts(name: str, tmp_path:
     given = tmp_path / "given"
     given.touch()
     inputs = {"train": 2, "animate": 2, "evaluate": 2}.get(name, 1)
-    assert cli.main([name, *[str(given)] * inputs, "-o", str(tmp_path / "absent" / "out.mp4")]) == 2
+    more = ["--clip", str(given)] if name == "compare" else []
+    assert cli.main([name, *[str(given)] * inputs, *more, "-o", str(tmp_path / "absent" / "out.mp4")]) == 2
     assert "cannot write" in error_line(capsys)
     assert list(tmp_path.iterdir()) == [given]
 

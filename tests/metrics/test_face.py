@@ -9,19 +9,26 @@ from torch import Tensor
 from talk3d.errors import ShapeError
 from talk3d.metrics.face import (
     LIP_POINTS,
+    LOWER_BLENDSHAPES,
     NUM_FACE_POINTS,
     RIGID_POINTS,
-    Film,
+    UPPER_BLENDSHAPES,
     correlation,
-    distance_measure,
     face_box,
     face_distance,
-    face_measures,
+    head_rotations,
     jitter,
     landmark_distance,
-    mouth_measure,
+    lip_motion,
+    lse,
+    mouth_lag,
+    rigid_distance,
+    silent_spans,
+    sync_distances,
+    turn_between,
 )
-from talk3d.perception.landmarks import FaceBox, FaceObservation
+from talk3d.ops.geometry import rotation_from_vector
+from talk3d.types import Waveform
 
 
 @pytest.fixture
@@ -98,73 +105,65 @@ def test_face_box_widens_by_the_larger_side() -> None:
     torch.testing.assert_close(face_box(points, 0.1), torch.tensor([[-10.0, -10.0, 110.0, 50.0]]))
 
 
-UPPER, LOWER = (82, 13, 312), (87, 14, 317)
+def test_the_lag_of_a_mouth_that_comes_three_frames_late() -> None:
+    t = np.arange(100.0)
+    mouth = np.sin(0.4 * t) + 0.5 * np.sin(0.93 * t)
+    late = np.concatenate([np.zeros(3), mouth[:-3]])
+    assert mouth_lag(late, mouth, 25.0) == pytest.approx(3, abs=0.25)
+    assert mouth_lag(mouth, late, 25.0) == pytest.approx(-3, abs=0.25)
+    assert mouth_lag(mouth, mouth, 25.0) == pytest.approx(0, abs=1e-9)
+    assert mouth_lag(mouth + 0.3 * t, mouth - 0.2 * t, 25.0) == pytest.approx(0, abs=0.1)  # slow drift says nothing of lips
+    assert mouth_lag(np.sin(0.4 * (t - 0.5)), np.sin(0.4 * t), 25.0) == pytest.approx(0.5, abs=0.1)
+    gap = np.where((t > 20) & (t < 24), np.nan, late)
+    assert mouth_lag(gap, mouth, 25.0) == pytest.approx(3, abs=0.3)
+    assert math.isnan(mouth_lag(np.ones(100), mouth, 25.0)) and math.isnan(mouth_lag(mouth[:8], mouth[:8], 25.0))
+    assert math.isnan(mouth_lag(np.random.default_rng(1).standard_normal(900), np.random.default_rng(2).standard_normal(900), 25.0))
+    assert math.isnan(mouth_lag(np.full(100, np.nan), mouth, 25.0))
 
 
-class ScriptedModel:
-    """A face model whose points are written in the picture: the first pixel's red is the mouth opening in px, green 0 means no face."""
-
-    source = "script"
-    kind = "task"
-
-    def __init__(self) -> None:
-        self.face = np.random.default_rng(0).uniform(50, 150, (468, 2)).astype(np.float32)
-        self.face[33], self.face[263] = (50, 80), (150, 80)
-        for upper, lower in zip(UPPER, LOWER, strict=True):
-            self.face[lower] = self.face[upper]
-
-    def detect(self, frame: np.ndarray) -> list[FaceBox]:
-        return [FaceBox(centre_px=(100.0, 100.0), side_px=100.0, angle_rad=0.0, score=1.0)] if frame[0, 0, 1] else []
-
-    def observe(self, frame: np.ndarray, box: FaceBox) -> FaceObservation | None:
-        if not frame[0, 0, 1]:
-            return None
-        points = self.face.copy()
-        points[list(LOWER), 1] += frame[0, 0, 0]
-        return FaceObservation(landmarks=points, score=1.0, eyes_shut=(0.0, 0.0), expression=np.zeros(0, np.float32))
+def test_a_head_that_turns_by_five_degrees_is_off_by_five() -> None:
+    shape = torch.rand(478, 3, generator=torch.Generator().manual_seed(0)) - 0.5
+    angles = torch.deg2rad(torch.tensor([[0.0, 5.0, 0.0], [20.0, 5.0, 0.0], [0.0, 0.0, 10.0]]))
+    points = [(shape @ rotation_from_vector(angle).mT)[:, :2] * torch.tensor([100.0, -100.0]) for angle in angles]
+    turns = head_rotations(torch.stack(points), shape)
+    still = head_rotations((shape[:, :2] * torch.tensor([70.0, -70.0]) + 30)[None].expand(3, -1, -1), shape)
+    found = turn_between(turns, still)
+    torch.testing.assert_close(found, angles.norm(dim=1).rad2deg(), atol=0.01, rtol=0)
+    torch.testing.assert_close(turn_between(turns, turns), torch.zeros(3), atol=0.03, rtol=0)
 
 
-def film(*openings: int | None) -> Film:
-    pictures = np.zeros((len(openings), 4, 4, 3), np.uint8)
-    for picture, opening in zip(pictures, openings, strict=True):
-        picture[..., 0], picture[..., 1] = opening or 0, opening is not None
-    made = Film(ScriptedModel())
-    made.watch(pictures[:2])
-    made.watch(pictures[2:])
-    return made
+def test_rigid_points_moved_by_a_pixel_are_a_pixel_away(face: Float[Tensor, "3 478 2"]) -> None:
+    torch.testing.assert_close(rigid_distance(face + torch.tensor([0.6, 0.8]), face), torch.ones(3), atol=1e-4, rtol=0)
 
 
-def test_a_film_knows_openings_and_misses() -> None:
-    watched = film(0, 10, None, 30)
-    np.testing.assert_array_equal(watched.seen, [True, True, False, True])
-    np.testing.assert_allclose(watched.opening, [0, 0.1, math.nan, 0.3], atol=1e-6)
-    assert watched.landmarks.shape == (4, 468, 2) and watched.landmarks[2].isnan().all()
+def test_silence_is_found_where_there_is_none_to_hear() -> None:
+    samples = torch.sin(torch.arange(50 * 640) * 0.3)
+    samples[10 * 640 : 25 * 640] *= 0.01  # 40 dB below, 15 frames
+    samples[30 * 640 : 38 * 640] *= 0.1  # 20 dB below is no silence
+    samples[40 * 640 : 45 * 640] = 0  # too short
+    assert silent_spans(Waveform(samples=samples, sample_rate_hz=16000), 50, 25.0) == [(13, 22)]
+    assert silent_spans(Waveform(samples=torch.zeros(640 * 20), sample_rate_hz=16000), 20, 25.0) == [(3, 17)]
+    assert silent_spans(Waveform(samples=torch.zeros(0), sample_rate_hz=16000), 20, 25.0) == []
 
 
-def test_two_films_compared() -> None:
-    found = {entry.name: entry for entry in face_measures(film(0, 10, 20, None, 40), film(0, 20, 40, 30, 80), "")}
-    assert found["mouth_correlation"].value == pytest.approx(1)
-    assert (found["mouth_correlation"].num_frames, found["mouth_correlation"].num_missed) == (4, 1)
-    expected = np.mean([0, 10, 20, 40]) / 100 * len(set(LOWER) & set(LIP_POINTS)) / 40
-    assert found["lmd_lips"].value == pytest.approx(expected, rel=1e-4)
-    assert (found["lmd_lips"].num_frames, found["lmd_lips"].num_missed) == (4, 1)
-    face = found["lmd_face"].value
-    assert face is not None and 0 < face < expected
-    assert found["jitter"].value == pytest.approx(0) and found["jitter_real"].value == pytest.approx(0)
+def test_lips_that_swing_by_two_pixels_move_by_two(face: Float[Tensor, "3 478 2"]) -> None:
+    points = face[:1].repeat(8, 1, 1)
+    points[::2, list(LIP_POINTS)] += torch.tensor([0.0, 2.0])
+    points[1::2, list(LIP_POINTS)] -= torch.tensor([0.0, 2.0])
+    assert lip_motion(points) == pytest.approx(2, abs=1e-4)
+    drift = torch.arange(8.0)[:, None, None] * torch.tensor([1.0, -3.0])  # the head moves away with its lips
+    assert lip_motion(face[:1] + drift) == pytest.approx(0, abs=1e-4)
 
 
-def test_a_mouth_that_does_not_move_has_no_correlation() -> None:
-    still = mouth_measure("r", film(5, 5, 5), np.array([0.0, 1.0, 2.0]), "r")
-    assert still.value is None and "moves" in still.needs
+def test_sound_that_comes_four_frames_late_is_found_by_its_embeddings() -> None:
+    vectors = torch.randn(80, 16, generator=torch.Generator().manual_seed(0))
+    lips, sound = vectors[10:60], vectors[6:56]  # what is said at lips i is heard at i + 4
+    least, confidence, offset = lse(sync_distances(lips, sound))
+    assert offset == 4 and least == pytest.approx(0, abs=1e-6)
+    assert confidence == pytest.approx(math.sqrt(32), rel=0.1)  # the distance of two independent normal vectors of 16 numbers
+    assert lse(sync_distances(sound, lips))[2] == -4
+    assert math.isnan(lse(sync_distances(lips[:1], sound[:1]))[0])
 
 
-def test_without_a_model_nothing_is_invented() -> None:
-    blind = Film(None)
-    blind.watch(np.zeros((3, 4, 4, 3), np.uint8))
-    for entry in face_measures(blind, blind, "a face model: none is there"):
-        assert entry.value is None and str(entry) == "not measured (needs a face model: none is there)" and entry.num_missed == 0
-
-
-def test_films_without_a_common_frame() -> None:
-    entry = distance_measure("lmd", film(None, 1, None), film(1, None, 1), "d")
-    assert entry.value is None and entry.num_missed == 3
+def test_blendshapes_of_both_halves_are_all_but_the_neutral_one() -> None:
+    assert sorted(UPPER_BLENDSHAPES + LOWER_BLENDSHAPES) == list(range(1, 52))

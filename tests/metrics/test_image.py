@@ -1,9 +1,22 @@
 import math
 
+import numpy as np
+import pytest
 import torch
 from torchmetrics.functional.image import structural_similarity_index_measure
 
-from talk3d.metrics.image import MAX_PSNR_DB, box_mask, psnr, ssim, ssim_map
+from talk3d.metrics.image import (
+    MAX_PSNR_DB,
+    box_around,
+    box_mask,
+    distribution_distances,
+    flicker,
+    outline_mask,
+    psnr,
+    root_mean,
+    ssim,
+    ssim_map,
+)
 
 
 def test_psnr_of_a_constant_difference_is_its_logarithm() -> None:
@@ -73,3 +86,44 @@ def test_box_mask_counts_pixel_centres() -> None:
     expected = torch.zeros(1, 1, 4, 5)
     expected[..., 1:2, 1:3] = 1
     torch.testing.assert_close(mask, expected)
+
+
+class Pixels(torch.nn.Module):
+    """Eight features of a picture: its first pixels' red."""
+
+    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
+        return pictures[:, 0, 0, :8].float() / 255
+
+
+def test_the_same_pictures_are_no_distance_apart_and_moved_ones_as_far_as_they_moved() -> None:
+    pictures = np.random.default_rng(0).integers(0, 200, (64, 16, 16, 3)).astype(np.uint8)
+    fid, kid = distribution_distances(Pixels(), pictures, pictures)
+    assert fid == pytest.approx(0, abs=1e-4) and abs(kid) < 0.01
+    moved = pictures + np.uint8(51)  # every feature by 0.2, spread unchanged: the Fréchet distance is 8 · 0.2²
+    fid, kid = distribution_distances(Pixels(), pictures, moved)
+    assert fid == pytest.approx(8 * 0.04, rel=1e-3) and kid > 0.01
+
+
+def test_flicker_of_noise_and_of_equal_change() -> None:
+    rng = np.random.default_rng(0)
+    inside = np.ones((200, 200), bool)
+    still, noise = np.full((2, 200, 200, 3), 100, np.uint8), (100 + 5 * rng.standard_normal((2, 200, 200, 3))).round().astype(np.uint8)
+    assert root_mean([flicker(noise, still, inside)]) == pytest.approx(5 * 2**0.5, rel=0.02)
+    assert flicker(noise, noise, inside) == 0
+    assert root_mean([flicker(np.stack([still[0], still[0] + np.uint8(4)]), None, inside)]) == 4
+    assert np.isnan(flicker(noise, None, ~inside)) and np.isnan(root_mean([float("nan")]))
+
+
+def test_known_noise_has_the_psnr_of_its_deviation() -> None:
+    real = torch.full((1, 3, 300, 300), 0.5)
+    noisy = real + 0.05 * torch.randn(real.shape, generator=torch.Generator().manual_seed(0))
+    assert float(psnr(noisy, real)) == pytest.approx(-20 * np.log10(0.05), abs=0.05)
+    half = box_mask(torch.tensor([[0.0, 0.0, 150.0, 300.0]]), 300, 300)
+    assert float(psnr(noisy, real, half)) == pytest.approx(float(psnr(noisy, real)), abs=0.1)  # whatever the mask's size
+
+
+def test_an_outline_covers_what_lies_inside() -> None:
+    points = torch.tensor([[10.0, 10.0], [30.0, 10.0], [30.0, 20.0], [10.0, 20.0], [0.0, 0.0]])
+    mask = outline_mask(points, (0, 1, 2, 3), 40, 40)
+    assert float(mask.sum()) == pytest.approx(20 * 10, rel=0.2) and mask[0, 15, 20] == 1 and mask[0, 5, 5] == 0
+    torch.testing.assert_close(box_around(points[None, :4], 0.5), torch.tensor([[0.0, 0.0, 40.0, 30.0]]))

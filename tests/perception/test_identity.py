@@ -1,15 +1,21 @@
-"""ArcFace's names, sizes and unit vectors; faces cut out where they should be."""
+"""ArcFace's names, sizes and unit vectors; faces cut out where they should be; the offline descriptor on faces known in closed form."""
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import load_file
 
 from talk3d.errors import WeightsError
 from talk3d.io.catalogue import CATALOGUE
-from talk3d.perception.identity import FIVE_POINTS, ArcFace, IdentityNetwork, align_faces, load_identity
+from talk3d.perception.facetemplate import load_template
+from talk3d.perception.identity import FIVE_POINTS, ArcFace, IdentityNetwork, Likeness, align_faces, fit_likeness, five_points, load_identity
+from talk3d.perception.landmarks import load_face_model, observe_picture
 
 
 def test_names_and_sizes_are_the_published_ones(has_published_sizes: Callable[..., None]) -> None:
@@ -49,3 +55,68 @@ def test_faces_are_cut_out_upright() -> None:
     inside = ((expected > 1) & (expected < 299)).all(0)
     assert inside.float().mean() > 0.7
     assert (crops[0, :2] - expected)[:, inside].abs().max() < 1e-2
+
+
+def test_five_points_are_eyes_nose_and_corners_of_the_mouth() -> None:
+    landmarks = torch.zeros(1, 478, 2)
+    for point, place in {33: (0, 0), 133: (4, 2), 362: (6, 2), 263: (10, 0), 1: (5, 5), 61: (2, 8), 291: (8, 8)}.items():
+        landmarks[0, point] = torch.tensor(place)
+    torch.testing.assert_close(five_points(landmarks)[0], torch.tensor([[2.0, 1], [8, 1], [5, 5], [2, 8], [8, 8]]))
+
+
+def seen_from(yaw_deg: float, tint: torch.Tensor, stretch: float, light: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """A flat face: the template turned, stretched along y, on a picture whose colour varies from place to place."""
+    template = load_template("registry").points[:468]
+    yaw = math.radians(yaw_deg)
+    x = math.cos(yaw) * template[:, 0] - math.sin(yaw) * template[:, 2]
+    points = 64 + 100 * torch.stack([x, -stretch * template[:, 1]], -1)
+    rows = torch.linspace(0, 3, 128)[:, None].expand(128, 128)
+    picture = light * (0.3 + 0.1 * torch.sin(rows + tint.view(3, 1, 1)))
+    return picture[None], points[None]
+
+
+def test_likeness_forgets_light_and_size_and_knows_equal_faces() -> None:
+    describe, tint = Likeness("registry"), torch.tensor([0.0, 1.0, 2.0])
+    picture, points = seen_from(0, tint, 1.0)
+    one = describe(picture, points)
+    torch.testing.assert_close(one.norm(dim=1), torch.ones(1))
+    darker, _ = seen_from(0, tint, 1.0, light=0.7)
+    torch.testing.assert_close(describe(darker, points), one, atol=1e-4, rtol=0)
+    larger = torch.nn.functional.interpolate(picture, scale_factor=2, mode="bilinear", align_corners=False)
+    assert float((describe(larger, 2 * points) * one).sum()) > 0.99
+    turned = describe(*seen_from(20, tint, 1.0))
+    other = describe(*seen_from(0, torch.tensor([2.0, 0.0, 1.0]), 1.15))
+    assert float((turned * one).sum()) > float((other * one).sum()) + 0.1
+
+
+def test_the_projection_is_learnt_from_people_who_differ_in_one_feature(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    person = torch.arange(30).repeat_interleave(8)
+    features = torch.randn(240, 300, generator=generator)
+    features[:, 7] += 20 * torch.randn(30, generator=generator)[person]
+    fit_likeness(features, person, tmp_path / "own.safetensors")
+    learnt = load_file(tmp_path / "own.safetensors")
+    assert learnt["projection"].shape == (300, 30)
+    assert int(learnt["projection"][:, 0].abs().argmax()) == 7
+    with pytest.raises(WeightsError, match="install the package again"):
+        Likeness("registry", tmp_path / "absent.safetensors")
+
+
+def test_unseen_people_are_told_apart(shared: Path) -> None:
+    """Two invented people of the data set, each seen from several sides by the detector, and the card's threshold."""
+    try:
+        model = load_face_model()
+    except WeightsError as error:
+        pytest.skip(f"no face model: {error}")
+    folder = shared / "data" / "heads256"
+    labels = json.loads((folder / "dataset.json").read_text())["labels"]
+    describe, vectors = Likeness(model.kind), []
+    for name, _ in [*labels[:4], *labels[400:404]]:
+        rgba = np.asarray(Image.open(folder / name).convert("RGBA"), np.float32)
+        alpha = rgba[..., 3:] / 255
+        picture = (rgba[..., :3] * alpha + 128 * (1 - alpha)).round().astype(np.uint8)
+        seen = observe_picture(model, picture)
+        assert seen is not None
+        vectors.append(describe(torch.from_numpy(picture).permute(2, 0, 1)[None] / 255, torch.from_numpy(seen.landmarks)[None]))
+    cosine = torch.cat(vectors) @ torch.cat(vectors).mT
+    assert float(cosine[:4, :4].min()) > 0.6 > float(cosine[:4, 4:].max())

@@ -2,7 +2,7 @@
 
 import html
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +13,7 @@ from tyro.conf import arg
 from talk3d.apps.commands import Input, ModelFile, Output, check_input, check_output
 from talk3d.apps.terminal import Display, duration, note_findings
 from talk3d.errors import ConfigError, MediaError, TrackingError
+from talk3d.metrics.page import STYLE, plot
 from talk3d.stages.check import CheckConfig, check
 from talk3d.stages.track import TrackConfig, track
 
@@ -27,13 +28,6 @@ PLOTS = (
     ("Sound against lips: correlation by shift", "lag_ms", (("lag_correlation", "correlation"),), "ms late"),
 )
 """Title, across, up with names, unit across."""
-LINE_COLOURS = ("#1f5fa8", "#b06a00")
-WIDTH, HEIGHT, MARGIN = 420, 110, 30
-STYLE = (
-    "body{font:15px/1.45 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222;background:#fff}"
-    "table{border-collapse:collapse;width:100%}td,th{text-align:left;vertical-align:top;padding:.35rem .6rem;border-bottom:1px solid #ddd}"
-    "figure{display:inline-block;margin:1rem 1rem 0 0}figcaption{font-size:13px}svg text{font-size:10px;fill:#555}"
-)
 
 
 def print_report(title: str, report: Mapping[str, Any], console: Console | None = None) -> None:
@@ -92,35 +86,6 @@ def page(title: str, report: Mapping[str, Any]) -> str:
         f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style>\n'
         f"<h1>{html.escape(title)}: {report['verdict']}</h1>\n"
         f"<table>\n<tr><th></th><th>found</th><th></th><th>what to do</th></tr>\n{rows}\n</table>\n{plots}\n</html>\n"
-    )
-
-
-def plot(heading: str, across: Sequence[float], lines: Sequence[tuple[str, Sequence[float]]], unit: str) -> str:
-    """A small line plot as an SVG figure; empty where there are no values.
-
-    Args:
-        heading: its title.
-        across: ascending values to the right.
-        lines: name and values of each line.
-        unit: of `across`.
-    """
-    if len(across) < 2:
-        return ""
-    low, high = min(min(values) for _, values in lines), max(max(values) for _, values in lines)
-    span, reach = (high - low) or 1.0, (across[-1] - across[0]) or 1.0
-    shapes = []
-    for (_, values), colour in zip(lines, LINE_COLOURS, strict=False):
-        places = " ".join(
-            f"{MARGIN + (x - across[0]) / reach * (WIDTH - MARGIN):.1f},{HEIGHT - (y - low) / span * (HEIGHT - 8):.1f}"
-            for x, y in zip(across, values, strict=True)
-        )
-        shapes.append(f'<polyline fill="none" stroke="{colour}" points="{places}"/>')
-    names = ", ".join(f'<span style="color:{colour}">{name}</span>' for (name, _), colour in zip(lines, LINE_COLOURS, strict=False))
-    return (
-        f'<figure><figcaption>{html.escape(heading)}: {names}</figcaption><svg width="{WIDTH}" height="{HEIGHT + 18}">{"".join(shapes)}'
-        f'<text x="0" y="10">{high:.3g}</text><text x="0" y="{HEIGHT}">{low:.3g}</text>'
-        f'<text x="{MARGIN}" y="{HEIGHT + 14}">{across[0]:.0f} {unit}</text>'
-        f'<text x="{WIDTH}" y="{HEIGHT + 14}" text-anchor="end">{across[-1]:.0f} {unit}</text></svg></figure>'
     )
 
 

@@ -23,6 +23,7 @@ SUMMARIES = {
     "personalize": "a clip in, a person out: the prior learns this one head",
     "train": "a person and a clip in, an avatar out: the head learns to talk",
     "evaluate": "measures an avatar on the part of a clip it never saw",
+    "compare": "ranks avatars, and films of other systems, on the same part of a clip",
     "pretrain": "many heads in, a prior out: what `personalize` starts from",
     "weights": "optional networks of others: list, fetch, verify; import published generators",
     "prior": "show: random people, an orbit, depth, normals and a mesh of a prior",
@@ -36,7 +37,8 @@ EXAMPLES = {
     "build": "talk3d build me.mp4 -o me.t3d\n  talk3d build me.mp4 -o me.t3d --train.steps 2000        (only training runs again)\n"
     "  talk3d build me.mp4 -o me.t3d --fresh                   (start over)",
     "animate": "talk3d animate me.t3d speech.wav -o talking.mp4\n  talk3d animate me.t3d film.mp4 -o turning.mp4 --camera orbit",
-    "evaluate": "talk3d evaluate me.t3d me.clip -o report.json",
+    "evaluate": "talk3d evaluate me.t3d me.clip -o report.html\n  talk3d evaluate me.t3d me.clip -o report.json --no-controls",
+    "compare": "talk3d compare me.t3d quick.t3d other_system.mp4 --clip me.clip -o compared.html",
     "pretrain": "talk3d pretrain heads/ -o prior.t3d\n  talk3d pretrain photos.zip -o prior.t3d --mode adversarial --sheets sheets",
     "prior": "talk3d prior show builtin -o shown\n  talk3d prior show prior.t3d -o shown --seed 3 --mesh-format ply",
     "demo": "talk3d demo\n  talk3d demo -o elsewhere.mp4",

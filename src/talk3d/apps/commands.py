@@ -12,7 +12,7 @@ import torch
 import tyro
 from tyro.conf import Positional, arg
 
-from talk3d.apps.terminal import Display, print_table
+from talk3d.apps.terminal import Display
 from talk3d.errors import ConfigError
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -274,44 +274,15 @@ def _animate() -> Callable[..., None]:
 
 
 def _evaluate() -> Callable[..., None]:
-    from talk3d.io.clips import load_clip
-    from talk3d.io.weights import load_avatar
-    from talk3d.stages.evaluate import EvaluateConfig, evaluate
+    from talk3d.apps.evaluation import evaluate_command
 
-    defaults = EvaluateConfig()
+    return evaluate_command
 
-    def command(
-        avatar: Input,
-        clip: Input,
-        /,
-        out: Output,
-        config: Annotated[EvaluateConfig, arg(name="")] = defaults,
-        truth: Annotated[Path | None, arg(metavar="FOLDER")] = None,
-        face_model: ModelFile = None,
-        device: Device = "auto",
-    ) -> None:
-        """Measure an avatar on the end of a clip, which its training never saw.
 
-        Args:
-            avatar: from `talk3d build` or `talk3d train`.
-            clip: of the same person; `talk3d build` keeps it in its .build folder.
-            out: the report, JSON; pictures go beside it.
-            config: what is measured.
-            truth: folder of an invented person with truth.npz and the same moments seen from other cameras.
-            face_model: MediaPipe's face_landmarker.task, if it is not in its usual place.
-            device: where to render.
-        """
-        check_input(avatar, "an avatar, made by `talk3d build`")
-        check_input(clip, "a clip, made by `talk3d track`")
-        check_output(out, avatar, clip)
-        with Display() as display:
-            report = evaluate(
-                load_avatar(avatar), load_clip(clip), config, truth=truth, face_model=face_model, device=resolve_device(device), progress=display
-            )
-        report.save(out)
-        print_table(str(out), ("measure", "value", "on"), report.rows())
+def _compare() -> Callable[..., None]:
+    from talk3d.apps.evaluation import compare_command
 
-    return command
+    return compare_command
 
 
 def _demo() -> Callable[..., None]:
@@ -361,6 +332,7 @@ COMMANDS: dict[str, Callable[[], Callable[..., None] | dict[str, Callable[..., N
     "animate": _animate,
     "build": _build,
     "check": _check,
+    "compare": _compare,
     "demo": _demo,
     "doctor": _doctor,
     "evaluate": _evaluate,

@@ -136,14 +136,14 @@ def note_findings(check: Mapping[str, Any]) -> None:
         logger.warning("%s", warning)
 
 
-def print_table(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
-    """Print a small table on the standard output."""
+def print_table(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]], console: Console | None = None) -> None:
+    """Print a small table, by default on the standard output."""
     table = Table(title=title, title_justify="left", title_style="bold")
     for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number == 0 else "right")
+        table.add_column(column, justify="left" if number == 0 else "right", no_wrap=number == 0, overflow="fold")
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    (console or Console()).print(table)
 
 
 PACKAGES = ("numpy", "scipy", "av", "safetensors", "ai-edge-litert", "torchmetrics", "jaxtyping", "tyro", "rich", "transformers")

@@ -1,17 +1,17 @@
-"""Measures of faces and their motion: pure functions on landmarks, and films of a face as a detector sees them, compared with each other."""
-
-from collections.abc import Callable
-from dataclasses import replace
+"""Measures of faces, of their motion, and of lips against sound: pure functions on landmarks, curves and embeddings."""
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Bool, Float
+from scipy.signal import butter, sosfiltfilt
 from torch import Tensor
 
 from talk3d.errors import ShapeError
-from talk3d.metrics.report import Measure, measure
+from talk3d.metrics.image import box_around
+from talk3d.metrics.offset import SYLLABLES_HZ
 from talk3d.ops.geometry import fit_similarity
-from talk3d.perception.landmarks import FaceModel, FaceTracker, mouth_opening
+from talk3d.perception.headpose import RIGID_POINTS as HEAD_POINTS
+from talk3d.types import Waveform
 
 OUTER_EYE_CORNERS = (33, 263)
 """MediaPipe's numbers; their distance is the inter-ocular distance everywhere in talk3d."""
@@ -24,9 +24,20 @@ LIP_POINTS = (
 """The outer and the inner contour of the lips, 20 points each."""
 NUM_FACE_POINTS = 468
 """MediaPipe's face mesh; ten more belong to the irises and are left out of whole-face measures."""
-ALIGNED = "after a similarity fitted on rigid points, over the real inter-ocular distance; same detector on both"
-LIPS = f"mean distance of 40 lip points {ALIGNED}"
-FACE = f"mean distance of all 468 face points {ALIGNED}"
+UPPER_BLENDSHAPES = (*range(1, 6), *range(7, 23), 50, 51)
+"""ARKit's blendshapes of brows, eyes, squints and nose in MediaPipe's order, in which 0 is the neutral face."""
+LOWER_BLENDSHAPES = (6, *range(23, 50))
+"""Those of puffed cheeks, jaw and mouth."""
+LAG_FRAMES = 10
+"""Largest shift at which mouth openings are compared."""
+LAG_CORRELATION = 0.3
+"""Mouths that never correlate more than this have no lag."""
+SYNC_FRAMES = 15
+"""Largest shift at which lips and sound are compared by SyncNet."""
+SILENT_DB = 30.0
+"""What is quieter than the loud frames by more than this is silence."""
+SILENCE_S, SETTLE_S = 0.4, 0.12
+"""Shortest span of silence that counts, and what is cut from both of its ends, where lips still shut or open already."""
 
 
 def landmark_distance(landmarks: Float[Tensor, "t n 2"], truth: Float[Tensor, "t n 2"], points: tuple[int, ...] = LIP_POINTS) -> Float[Tensor, " t"]:
@@ -87,94 +98,119 @@ def jitter(landmarks: Float[Tensor, "t n 2"], seen: Bool[np.ndarray, " t"] | Non
 
 def face_box(landmarks: Float[Tensor, "t n 2"], margin: float = 0.1) -> Float[Tensor, "t 4"]:
     """Left, top, right, bottom of the face points' bounding box, widened on each side by `margin` of its larger side."""
-    points = landmarks[:, :NUM_FACE_POINTS]
-    low, high = points.amin(1), points.amax(1)
-    border = margin * (high - low).amax(1, keepdim=True)
-    return torch.cat([low - border, high + border], 1)
+    return box_around(landmarks[:, :NUM_FACE_POINTS], margin)
 
 
-class Film:
-    """Landmarks of one film, frame after frame, by one detector; nan where it saw no face."""
+def mouth_lag(opening: Float[np.ndarray, " t"], reference: Float[np.ndarray, " t"], fps: float) -> float:
+    """By how many frames one mouth follows another at the pace of syllables: where their correlation is highest, between shifts by a parabola.
 
-    def __init__(self, model: FaceModel | None) -> None:
-        """Start at the first frame; without a model no face is ever seen."""
-        self._tracker = FaceTracker(model) if model else None
-        self._points: list[Float[np.ndarray, "n 2"] | None] = []
-
-    def watch(self, pictures: UInt8[np.ndarray, "b h w 3"]) -> None:
-        """Find the face in the next frames."""
-        for picture in pictures:
-            seen = self._tracker.follow(np.ascontiguousarray(picture)) if self._tracker else None
-            self._points.append(seen.landmarks if seen else None)
-
-    @property
-    def landmarks(self) -> Float[Tensor, "t n 2"]:
-        """All frames' landmarks in pixels."""
-        number = next((len(points) for points in self._points if points is not None), 478)
-        blank = np.full((number, 2), np.nan, np.float32)
-        return torch.from_numpy(np.stack([blank if points is None else points for points in self._points]))
-
-    @property
-    def seen(self) -> Bool[np.ndarray, " t"]:
-        """Where a face was found."""
-        return np.array([points is not None for points in self._points])
-
-    @property
-    def opening(self) -> Float[np.ndarray, " t"]:
-        """Mouth opening, nan where no face was found."""
-        return mouth_opening(self.landmarks).double().numpy()
-
-
-def face_measures(rendered: Film, real: Film, missing: str) -> list[Measure]:
-    """Compare a rendered film with the real one: landmark distances, mouth opening, jitter.
+    nan where one of them does not move, where they never move together, and for films of less than half a second.
 
     Args:
-        rendered: as long as the real one.
-        real: of the same moments.
-        missing: what is missing where there is no detector, else empty.
+        opening: of the mouth that may be late; nan where unknown, which is filled from both sides.
+        reference: of the other.
+        fps: frames a second.
     """
-    return [
-        distance_measure("lmd_lips", rendered, real, LIPS, needs=missing),
-        distance_measure("lmd_face", rendered, real, FACE, distance=face_distance, needs=missing),
-        mouth_measure("mouth_correlation", rendered, real.opening, "Pearson's r of mouth opening, rendered against real, same detector", missing),
-        _jitter_measure("jitter", rendered, "rendered", missing),
-        _jitter_measure("jitter_real", real, "real", missing),
-    ]
+    reach = min(LAG_FRAMES, len(opening) // 3)
+    if len(opening) < max(0.5 * fps, 12) or not (np.isfinite(opening).any() and np.isfinite(reference).any()):
+        return float("nan")
+    pace = butter(1, (SYLLABLES_HZ[0], min(SYLLABLES_HZ[1], 0.4 * fps)), "bandpass", fs=fps, output="sos")
+    ours, theirs = (sosfiltfilt(pace, _whole(curve), padlen=3) for curve in (opening, reference))
+    shifts, count = range(-reach, reach + 1), len(opening)
+    curve = [correlation(ours[max(k, 0) : count + min(k, 0)], theirs[max(-k, 0) : count - max(k, 0)]) for k in shifts]
+    if not np.isfinite(curve).all() or max(curve) < LAG_CORRELATION or min(np.std(ours), np.std(theirs)) < 1e-6:
+        return float("nan")
+    top = int(np.argmax(curve))
+    if not 0 < top < len(curve) - 1:
+        return float(shifts[top])
+    before, at, after = curve[top - 1 : top + 2]
+    return shifts[top] + 0.5 * (before - after) / (before - 2 * at + after)
 
 
-def distance_measure(
-    name: str,
-    rendered: Film,
-    real: Film,
-    definition: str,
-    *,
-    distance: Callable[[Tensor, Tensor], Tensor] = landmark_distance,
-    needs: str = "",
-) -> Measure:
-    """Mean landmark distance over the frames in which both films show a face."""
-    both = rendered.seen & real.seen
-    index = torch.from_numpy(np.flatnonzero(both))
-    values = distance(rendered.landmarks[index], real.landmarks[index]).numpy() if len(index) else np.zeros(0)
-    return measure(name, values, "", definition, num_missed=_missed(both, needs), needs=needs or "frames in which the face is found in both films")
+def _whole(curve: Float[np.ndarray, " t"]) -> Float[np.ndarray, " t"]:
+    """A curve with its gaps filled by straight lines."""
+    known = np.flatnonzero(np.isfinite(curve))
+    return np.interp(np.arange(len(curve)), known, curve[known])
 
 
-def mouth_measure(name: str, film: Film, reference: Float[np.ndarray, " t"], definition: str, needs: str = "") -> Measure:
-    """Correlation of a film's mouth opening with a reference (nan: unknown), over the frames where both are known."""
-    both = film.seen & np.isfinite(reference)
-    found = measure(name, correlation(film.opening, reference), "", definition, num_missed=_missed(both, needs), needs=needs or "a mouth that moves")
-    return _counted(found, int(both.sum()))
+def head_rotations(landmarks: Float[Tensor, "t n 2"], shape: Float[Tensor, "p 3"]) -> Float[Tensor, "t 3 3"]:
+    """Turn of the head in every frame, head to picture (x right, y down, z away), by least squares under scaled orthography.
+
+    Only differences between turns are to be trusted: what perspective and the mean head get wrong is the same in both.
+
+    Args:
+        landmarks: MediaPipe's order, pixels.
+        shape: where all these points lie on a head, head space (x to the picture's right, y up, z to the camera).
+    """
+    index = list(HEAD_POINTS)
+    points, place = landmarks[:, index].double(), shape[index].double()
+    place = (place - place.mean(0)) * place.new_tensor([1, -1, -1])
+    linear = (points - points.mean(1, keepdim=True)).mT @ torch.linalg.pinv(place).mT  # t 2 3
+    u, _, vt = torch.linalg.svd(linear, full_matrices=False)
+    two = u @ vt
+    return torch.cat([two, torch.linalg.cross(two[:, 0], two[:, 1])[:, None]], 1).float()
 
 
-def _jitter_measure(name: str, film: Film, which: str, needs: str) -> Measure:
-    definition = f"RMS second difference of rigid face points in the {which} crops"
-    found = measure(name, jitter(film.landmarks, film.seen), "px", definition, num_missed=_missed(film.seen, needs), needs=needs)
-    return _counted(found, int(film.seen.sum()))
+def turn_between(first: Float[Tensor, "t 3 3"], second: Float[Tensor, "t 3 3"]) -> Float[Tensor, " t"]:
+    """Angle between rotations, degrees."""
+    cosine = 0.5 * ((first.double().mT @ second.double()).diagonal(dim1=-2, dim2=-1).sum(-1) - 1)
+    return cosine.clamp(-1, 1).acos().rad2deg().float()
 
 
-def _missed(seen: Bool[np.ndarray, " t"], needs: str) -> int:
-    """How many frames show no face; none count where nobody looked."""
-    return 0 if needs else int((~seen).sum())
+def rigid_distance(landmarks: Float[Tensor, "t n 2"], truth: Float[Tensor, "t n 2"]) -> Float[Tensor, " t"]:
+    """Mean distance of `RIGID_POINTS` in pixels, nothing aligned."""
+    rigid = list(RIGID_POINTS)
+    return (landmarks[:, rigid] - truth[:, rigid]).norm(dim=-1).mean(-1)
 
 
-def _counted(found: Measure, num_frames: int) -> Measure:
-    return found if found.value is None else replace(found, num_frames=num_frames)
+def silent_spans(waveform: Waveform, num_frames: int, fps: float) -> list[tuple[int, int]]:
+    """First frame and end of every span of silence, its ends cut off.
+
+    A frame is silent if its sound is more than `SILENT_DB` below the loud frames (95 % are quieter), or none.
+
+    Args:
+        waveform: sample 0 is the start of frame 0.
+        num_frames: in which to look.
+        fps: frames a second.
+    """
+    per_frame = round(waveform.sample_rate_hz / fps)
+    samples = waveform.samples[: num_frames * per_frame].double()
+    level = samples[: len(samples) // per_frame * per_frame].unflatten(0, (-1, per_frame)).square().mean(-1).numpy()
+    if not len(level):
+        return []
+    silent = level <= max(np.quantile(level, 0.95) * 10 ** (-SILENT_DB / 10), 1e-10)
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], silent.astype(np.int8), [0]])))
+    cut = round(SETTLE_S * fps)
+    return [(int(a) + cut, int(b) - cut) for a, b in edges.reshape(-1, 2) if b - a >= SILENCE_S * fps]
+
+
+def lip_motion(landmarks: Float[Tensor, "t n 2"]) -> float:
+    """RMS distance in pixels of the lip points from their mean over the frames, each frame brought onto the first by its rigid points."""
+    points = landmarks.double()
+    rigid, lips = list(RIGID_POINTS), list(LIP_POINTS)
+    scale, rotation, shift = fit_similarity(points[:, rigid], points[:1, rigid].expand(len(points), -1, -1))
+    moved = scale[:, None, None] * points[:, lips] @ rotation.mT + shift[:, None]
+    return float((moved - moved.mean(0)).square().sum(-1).mean().sqrt())
+
+
+def sync_distances(lips: Float[Tensor, "n d"], sound: Float[Tensor, "m d"]) -> Float[Tensor, " s"]:
+    """Mean distance of lips from the sound that comes s = -15 … 15 frames later, over the runs of five frames that have both.
+
+    Reference: Chung and Zisserman, Out of time (ACCV-W 2016), section 4.
+    """
+    count = min(len(lips), len(sound))
+    found = []
+    for shift in range(-SYNC_FRAMES, SYNC_FRAMES + 1):
+        low, high = max(0, -shift), min(count, count - shift)
+        found.append((lips[low:high] - sound[low + shift : high + shift]).norm(dim=-1).mean() if high > low else lips.new_tensor(torch.nan))
+    return torch.stack(found)
+
+
+def lse(distances: Float[Tensor, " s"]) -> tuple[float, float, int]:
+    """Lip-sync error distance, confidence, and the offset: least distance, median minus least, by how many frames the sound comes late."""
+    known = distances[distances.isfinite()]
+    if len(known) < 3:
+        return float("nan"), float("nan"), 0
+    least = float(known.min())
+    best = int(torch.where(distances.isfinite(), distances, torch.inf).argmin()) - SYNC_FRAMES
+    return least, float(known.quantile(0.5)) - least, best

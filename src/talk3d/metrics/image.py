@@ -1,9 +1,15 @@
-"""Picture measures, one number per frame, so that a mean over frames is a mean of frames. Pure functions on tensors."""
+"""Picture measures, one number per frame, so that a mean over frames is a mean of frames; parts of pictures; distances of sets of pictures."""
 
+import warnings
+
+import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float, UInt8
+from PIL import Image, ImageDraw
 from torch import Tensor
+from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.image.kid import KernelInceptionDistance
 
 MAX_PSNR_DB = 100.0
 """What equal pictures score: the mean square is floored at 1e-10, so that means stay finite."""
@@ -81,3 +87,88 @@ def box_mask(box: Float[Tensor, "b 4"], height: int, width: int) -> Float[Tensor
     left, top, right, bottom = (side[:, None] for side in box.unbind(1))
     across, down = (x >= left) & (x < right), (y >= top) & (y < bottom)
     return (down[:, None, :, None] & across[:, None, None, :]).float()
+
+
+def box_around(points: Float[Tensor, "t n 2"], margin: float) -> Float[Tensor, "t 4"]:
+    """Left, top, right, bottom of points, widened on each side by `margin` of the larger side."""
+    low, high = points.amin(1), points.amax(1)
+    border = margin * (high - low).amax(1, keepdim=True)
+    return torch.cat([low - border, high + border], 1)
+
+
+def outline_mask(landmarks: Float[Tensor, "n 2"], outline: tuple[int, ...], height: int, width: int) -> Float[Tensor, "1 h w"]:
+    """1 inside a closed line of points, 0 elsewhere.
+
+    Args:
+        landmarks: in pixels, pixel centres at half-integers.
+        outline: numbers of the points, in order.
+        height: of the mask in pixels.
+        width: of the mask in pixels.
+    """
+    canvas = Image.new("L", (width, height))
+    ImageDraw.Draw(canvas).polygon([(float(x) - 0.5, float(y) - 0.5) for x, y in landmarks[list(outline)]], fill=1)
+    return torch.from_numpy(np.array(canvas, np.float32))[None]
+
+
+def floats(pictures: UInt8[np.ndarray, "b h w 3"]) -> Float[Tensor, "b 3 h w"]:
+    """Pictures in [0, 1]."""
+    return torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2).float() / 255  # b 3 h w
+
+
+def flicker(pictures: UInt8[np.ndarray, "2 h w 3"], real: UInt8[np.ndarray, "2 h w 3"] | None, inside: Bool[np.ndarray, "h w"]) -> float:
+    """Mean square, over some pixels, of the change from one frame to the next, less the real film's change; levels of 255; nan without pixels."""
+    change = pictures[1].astype(np.float32) - pictures[0]
+    if real is not None:
+        change -= real[1].astype(np.float32) - real[0]
+    return float(np.square(change[inside]).mean()) if inside.any() else float("nan")
+
+
+def root_mean(squares: list[float]) -> float:
+    """Square root of the mean of those that are numbers; nan if none is."""
+    finite = [value for value in squares if np.isfinite(value)]
+    return float(np.sqrt(np.mean(finite))) if finite else float("nan")
+
+
+class _Ready(torch.nn.Module):
+    """Hands on features that are computed already."""
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.num_features = num_features
+
+    def forward(self, features: Float[Tensor, "b d"]) -> Float[Tensor, "b d"]:
+        return features
+
+
+def distribution_distances(
+    network: torch.nn.Module, real: UInt8[np.ndarray, "t h w 3"], ours: UInt8[np.ndarray, "u h w 3"], device: str = "cpu"
+) -> tuple[float, float]:
+    """Fréchet and kernel distance between the features of two sets of pictures.
+
+    Args:
+        network: uint8 pictures to vectors.
+        real: one set.
+        ours: the other.
+        device: where to compute the features.
+    """
+    features = [_features(network, pictures, device) for pictures in (real, ours)]
+    ready = _Ready(features[0].shape[1])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that features are kept, which they are anyway
+        metrics = [
+            FrechetInceptionDistance(feature=ready),
+            KernelInceptionDistance(feature=ready, subsets=50, subset_size=max(2, min(len(real), len(ours)) // 2)),
+        ]
+    for metric in metrics:
+        for vectors, are_real in zip(features, (True, False), strict=True):
+            metric.update(vectors, real=are_real)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # torchmetrics draws the subsets
+        mean, _ = metrics[1].compute()
+    return float(metrics[0].compute()), float(mean)
+
+
+def _features(network: torch.nn.Module, pictures: UInt8[np.ndarray, "t h w 3"], device: str) -> Float[Tensor, "t d"]:
+    batches = (torch.from_numpy(np.ascontiguousarray(pictures[start : start + 8])) for start in range(0, len(pictures), 8))
+    with torch.no_grad():
+        return torch.cat([network(batch.permute(0, 3, 1, 2).to(device)).float().cpu() for batch in batches])  # b 3 h w

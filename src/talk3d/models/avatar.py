@@ -180,6 +180,12 @@ class Avatar(nn.Module):
         """Render b frames as their cameras see them, deterministically."""
         return self.personalized.render(self.personalized.triplane + self.deltaplane(driving), camera)
 
+    def score_maps(self, driving: Driving) -> Float[Tensor, "l b h m k"]:
+        """Return where the deltaplane looks, see `DeltaplanePredictor.score_maps`."""
+        with torch.no_grad():
+            tokens = self.conditioner(driving)
+            return self.predictor.score_maps(self._prepared(len(tokens)), tokens)
+
     def save(self, path: str | Path) -> None:
         """Write one file, weights as float16."""
         from talk3d.io.weights import save_avatar
