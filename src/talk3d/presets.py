@@ -47,6 +47,7 @@ BUILTIN256 = GeneratorConfig(
         decoder_hidden=32,
         feature_channels=32,
         neural_rendering_resolution=64,
+        ray_start=2.4,
         depth_resolution=16,
         depth_resolution_importance=16,
         superresolution=SuperresolutionConfig(input_side=128, channels=(32, 16), up=(False, True), matte=True),
