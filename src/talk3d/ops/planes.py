@@ -1,6 +1,7 @@
 """Tri-plane look-up and the 3D-aware roll-out of plane features."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -22,6 +23,11 @@ _PROFILES: dict[RollOut, tuple[tuple[tuple[int, int, int], ...], ...]] = {
     "released": (((1, -2, -1), (2, -1, -2)), ((0, -1, -2), (2, -2, -1)), ((0, -2, -1), (1, -1, -2))),
 }
 """For each plane, what it gets of the two others: which, the axis they are averaged over, the axis along which that is constant."""
+
+
+def plane_axes(axes: PlaneAxes) -> tuple[tuple[int, int], ...]:
+    """Return, for each plane, the world axes along its columns and rows."""
+    return _PLANE_COORDINATES[axes]
 
 
 def project_points(points: Float[Tensor, "b n 3"], axes: PlaneAxes, box_warp: float) -> Float[Tensor, "b 3 n 2"]:
@@ -57,32 +63,53 @@ def roll_out(planes: Float[Tensor, "b 3 c h w"], order: RollOut = "consistent") 
     return torch.stack(rolled, 1)
 
 
-def convolve_rolled_out(
-    planes: Float[Tensor, "b 3 c h w"], weights: Sequence[Float[Tensor, "o d 3 3"]], biases: Sequence[Float[Tensor, " o"]], order: RollOut
+@dataclass(frozen=True, kw_only=True)
+class RolledOutKernel:
+    """A kernel over one rolled-out plane, split into what each plane meets."""
+
+    own: Float[Tensor, "o c 3 3"]
+    """Over the plane itself."""
+    lines: tuple[tuple[int, int, int, Float[Tensor, "p c 3"]], ...]
+    """For either other plane: which, the axis it is averaged over, the axis along which that is constant, and three 1-D kernels over the mean:
+    everywhere, and what is too much at the two ends."""
+
+
+def split_rolled_out(weights: Sequence[Float[Tensor, "o d 3 3"]], order: RollOut) -> list[RolledOutKernel]:
+    """Split a kernel for each plane over the 3c channels of `roll_out`."""
+    kernels = []
+    for target, (sources, weight) in enumerate(zip(_PROFILES[order], weights, strict=True)):
+        parts = weight.chunk(3, 1)
+        lines = []
+        for source, over, along in sources:
+            first, _, last = parts[source].unbind(along)
+            lines.append((source, over, along, torch.cat([parts[source].sum(along), first, last])))
+        kernels.append(RolledOutKernel(own=parts[target], lines=tuple(lines)))
+    return kernels
+
+
+def convolve_split(
+    planes: Sequence[Float[Tensor, "b c h w"]], kernels: Sequence[RolledOutKernel], biases: Sequence[Float[Tensor, " o"]]
 ) -> list[Float[Tensor, "b o h w"]]:
-    """Roll out and convolve each plane (3×3, zero border), without ever making the rolled-out planes.
+    """Roll three planes out and convolve each (3×3, zero border), without ever making the rolled-out planes.
 
     What comes from another plane is constant along one axis, so it takes a 1-D convolution with the kernel summed over that axis; at the two
     ends of the axis, where a tap falls outside, that tap's part is taken back.
-
-    Args:
-        planes: three planes.
-        weights: a kernel for each plane, over the 3c channels of `roll_out`.
-        biases: one for each plane.
-        order: see `roll_out`.
     """
-    channels = planes.shape[2]
-    means = {axis: planes.mean(axis).unbind(1) for axis in (-1, -2)}
+    means = {axis: [plane.mean(axis) for plane in planes] for axis in (-1, -2)}
     convolved = []
-    for target, (sources, weight, bias) in enumerate(zip(_PROFILES[order], weights, biases, strict=True)):
-        parts = weight.split(channels, 1)
-        out = F.conv2d(planes[:, target], parts[target], bias, padding=1)
-        for source, over, along in sources:
-            first, _, last = parts[source].unbind(along)
-            lines = F.conv1d(means[over][source], torch.cat([parts[source].sum(along), first, last]), padding=1)
-            everywhere, low, high = lines.chunk(3, 1)
+    for plane, kernel, bias in zip(planes, kernels, biases, strict=True):
+        out = F.conv2d(plane, kernel.own, bias, padding=1)
+        for source, over, along, line in kernel.lines:
+            everywhere, low, high = F.conv1d(means[over][source], line, padding=1).chunk(3, 1)
             out += everywhere.unsqueeze(along)
             out.select(along, 0).sub_(low)
             out.select(along, -1).sub_(high)
         convolved.append(out)
     return convolved
+
+
+def convolve_rolled_out(
+    planes: Float[Tensor, "b 3 c h w"], weights: Sequence[Float[Tensor, "o d 3 3"]], biases: Sequence[Float[Tensor, " o"]], order: RollOut
+) -> list[Float[Tensor, "b o h w"]]:
+    """Roll out and convolve each plane with a kernel of its own over the 3c channels of `roll_out`; see `convolve_split`."""
+    return convolve_split(planes.unbind(1), split_rolled_out(weights, order), biases)
