@@ -8,7 +8,7 @@ import copy
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,7 @@ from talk3d.models.renderer import PointDecoder, TriplaneRenderer
 from talk3d.models.stylegan2 import SynthesisBlock, resize_to
 from talk3d.models.superresolution import Superresolution
 from talk3d.ops.guided import EMPTY, Cells, RowLookup, guided_bins, guided_weights
-from talk3d.ops.planes import RolledOutKernel, convolve_split, split_rolled_out
+from talk3d.ops.planes import RolledOutKernels, RollOut, convolve_split, split_rolled_out
 from talk3d.ops.rays import camera_rays
 from talk3d.ops.resample import fir_filter, upsample2
 from talk3d.ops.volume import segment_weights
@@ -122,17 +122,16 @@ class BakedSuperresolution:
 class BakedStage:
     """One stage of the U-Net for its three planes: kernels, norms that are left, second convolutions."""
 
-    kernels: Sequence[RolledOutKernel]
+    kernels: RolledOutKernels
     biases: Sequence[Tensor]
     norms: Sequence[tuple[nn.Module, nn.Module]]
     seconds: Sequence[tuple[Tensor, Tensor]]
 
     @classmethod
-    def of_slots(cls, stages: Sequence[Stage], order: str, dtype: torch.dtype) -> "BakedStage":
+    def of_slots(cls, stages: Sequence[Stage], order: RollOut, dtype: torch.dtype) -> "BakedStage":
         """Fold batch norm, which in evaluation is an affine map; group norm stays."""
         folded = [[_fold(conv, norm) for conv, norm in ((stage.conv0, stage.bn0), (stage.conv1, stage.bn1))] for stage in stages]
-        kernels = split_rolled_out([first[0] for first, _ in folded], "released" if order == "released" else "consistent")
-        kernels = [replace(k, own=_kernel(k.own, dtype), lines=tuple((*line[:3], line[3].detach().to(dtype)) for line in k.lines)) for k in kernels]
+        kernels = split_rolled_out([first[0] for first, _ in folded], order).to(dtype)
         norms = [(_left(stage.bn0, dtype), _left(stage.bn1, dtype)) for stage in stages]
         seconds = [(_kernel(second[0], dtype), second[1].to(dtype)) for _, second in folded]
         return cls(kernels, [first[1].to(dtype) for first, _ in folded], norms, seconds)
@@ -282,7 +281,7 @@ class BakedRenderer:
         depth = (shares * distances).sum(1, keepdim=True) / opacity.clamp(min=1e-6)
         return [features, opacity, depth.maximum(distances[:, :1]).minimum(distances[:, -1:])]
 
-    def _hidden(self, rows: Float[Tensor, "m c"], points: Float[Tensor, "n 3"], volume: Int[Tensor, " n"]) -> Float[Tensor, "n d"]:
+    def _hidden(self, rows: Float[Tensor, "m c"], points: Float[Tensor, "n 3"], volume: Int[Tensor, " n"] | None) -> Float[Tensor, "n d"]:
         return F.softplus(F.linear(self.lookup(rows, points, volume), *self.hidden))
 
     def _density(self, hidden: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
@@ -299,7 +298,7 @@ class BakedAvatar:
     """An avatar ready to animate, fast and without gradients; a snapshot, so bake again when weights change."""
 
     def __init__(self, avatar: Avatar, *, compiled: bool = False, graphs: bool = True) -> None:
-        """Bake an avatar for the device it is on: in float32 on the CPU, in float16 on others.
+        """Bake an avatar for the device it is on: in float16, or in float32 on a CPU, with bfloat16 in super-resolution if it computes in that.
 
         Args:
             avatar: who is animated.
@@ -309,10 +308,11 @@ class BakedAvatar:
         person = avatar.personalized
         self.conditioner, self.device = avatar.conditioner, person.identity.device
         dtype = torch.float32 if self.device.type == "cpu" else torch.float16
+        pictures = torch.bfloat16 if self.device.type == "cpu" and _has_bfloat16() else dtype
         with torch.no_grad():
             self.deltaplane = BakedDeltaplane(avatar.predictor, person.triplane, dtype)
             self.renderer = BakedRenderer(person.renderer, person.occupied, dtype)
-            self.superresolution = BakedSuperresolution(person.renderer.superresolution, person.w, dtype)
+            self.superresolution = BakedSuperresolution(person.renderer.superresolution, person.w, pictures)
         if compiled:
             self.renderer.compact = False  # one compilation for all cameras
         self._compiled = torch.compile(self._compute, dynamic=False) if compiled else None
@@ -351,6 +351,12 @@ class BakedAvatar:
         planes = self.deltaplane(tokens, self.conditioner.coefficients(driving, tokens))
         features, alpha, depth = self.renderer(planes, Camera(cam2world=cam2world, intrinsics=intrinsics))
         return (*self.superresolution(features, alpha), features, alpha, depth)
+
+
+def _has_bfloat16() -> bool:
+    """Say whether the CPU multiplies bfloat16; one that does not takes ten times as long."""
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 class _Recorded:

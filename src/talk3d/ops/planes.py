@@ -64,47 +64,54 @@ def roll_out(planes: Float[Tensor, "b 3 c h w"], order: RollOut = "consistent") 
 
 
 @dataclass(frozen=True, kw_only=True)
-class RolledOutKernel:
-    """A kernel over one rolled-out plane, split into what each plane meets."""
+class RolledOutKernels:
+    """Kernels over three rolled-out planes, split into what each plane meets."""
 
-    own: Float[Tensor, "o c 3 3"]
-    """Over the plane itself."""
-    lines: tuple[tuple[int, int, int, Float[Tensor, "p c 3"]], ...]
-    """For either other plane: which, the axis it is averaged over, the axis along which that is constant, and three 1-D kernels over the mean:
-    everywhere, and what is too much at the two ends."""
+    own: tuple[Float[Tensor, "o c 3 3"], ...]
+    """Over each plane itself."""
+    lines: Float[Tensor, "6 d p"]
+    """Over the means of the two others, of each plane: 1-D kernels of 3 taps and c channels, three for each of o channels: what is added
+    everywhere, and what of it is too much at the two ends."""
+    order: RollOut
+
+    def to(self, dtype: torch.dtype) -> "RolledOutKernels":
+        """Return them in another precision and channels-last."""
+        own = tuple(kernel.to(dtype).contiguous(memory_format=torch.channels_last) for kernel in self.own)
+        return RolledOutKernels(own=own, lines=self.lines.to(dtype), order=self.order)
 
 
-def split_rolled_out(weights: Sequence[Float[Tensor, "o d 3 3"]], order: RollOut) -> list[RolledOutKernel]:
+def split_rolled_out(weights: Sequence[Float[Tensor, "o d 3 3"]], order: RollOut) -> RolledOutKernels:
     """Split a kernel for each plane over the 3c channels of `roll_out`."""
-    kernels = []
+    lines, own = [], []
     for target, (sources, weight) in enumerate(zip(_PROFILES[order], weights, strict=True)):
         parts = weight.chunk(3, 1)
-        lines = []
-        for source, over, along in sources:
+        own.append(parts[target])
+        for source, _, along in sources:
             first, _, last = parts[source].unbind(along)
-            lines.append((source, over, along, torch.cat([parts[source].sum(along), first, last])))
-        kernels.append(RolledOutKernel(own=parts[target], lines=tuple(lines)))
-    return kernels
+            lines.append(torch.cat([parts[source].sum(along), first, last]).flatten(1).T)  # p c 3 to (c 3) p
+    return RolledOutKernels(own=tuple(own), lines=torch.stack(lines), order=order)
 
 
 def convolve_split(
-    planes: Sequence[Float[Tensor, "b c h w"]], kernels: Sequence[RolledOutKernel], biases: Sequence[Float[Tensor, " o"]]
+    planes: Sequence[Float[Tensor, "b c h w"]], kernels: RolledOutKernels, biases: Sequence[Float[Tensor, " o"]]
 ) -> list[Float[Tensor, "b o h w"]]:
-    """Roll three planes out and convolve each (3×3, zero border), without ever making the rolled-out planes.
+    """Roll three square planes out and convolve each (3×3, zero border), without ever making the rolled-out planes.
 
     What comes from another plane is constant along one axis, so it takes a 1-D convolution with the kernel summed over that axis; at the two
     ends of the axis, where a tap falls outside, that tap's part is taken back.
     """
-    means = {axis: [plane.mean(axis) for plane in planes] for axis in (-1, -2)}
-    convolved = []
-    for plane, kernel, bias in zip(planes, kernels, biases, strict=True):
-        out = F.conv2d(plane, kernel.own, bias, padding=1)
-        for source, over, along, line in kernel.lines:
-            everywhere, low, high = F.conv1d(means[over][source], line, padding=1).chunk(3, 1)
-            out += everywhere.unsqueeze(along)
-            out.select(along, 0).sub_(low)
-            out.select(along, -1).sub_(high)
-        convolved.append(out)
+    profiles = [(source, over, along) for sources in _PROFILES[kernels.order] for source, over, along in sources]
+    means = torch.stack([planes[source].mean(over).transpose(1, 2) for source, over, _ in profiles])  # 6 b n c
+    batch, side, channels = means.shape[1:]
+    taps = F.pad(means, (0, 0, 1, 1)).unfold(2, 3, 1).reshape(6, batch * side, 3 * channels)
+    lines = torch.bmm(taps, kernels.lines).view(6, batch, side, -1).transpose(2, 3)  # 6 b p n
+    convolved = [F.conv2d(plane, own, bias, padding=1) for plane, own, bias in zip(planes, kernels.own, biases, strict=True)]
+    for number, (line, (_, _, along)) in enumerate(zip(lines, profiles, strict=True)):
+        everywhere, low, high = line.chunk(3, 1)
+        out = convolved[number // 2]
+        out += everywhere.unsqueeze(along)
+        out.select(along, 0).sub_(low)
+        out.select(along, -1).sub_(high)
     return convolved
 
 
