@@ -1,16 +1,21 @@
 """Super-resolution: rendered features to the full picture, in the sizes of the published generators and our own.
 
+`BakedSuperresolution` is the same for one person: what the style decides is folded into plain convolutions.
+
 Reference: EG3D (arXiv 2112.07945), section 4.3.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from talk3d.models.layers import SynthesisLayer, ToImage
 from talk3d.models.stylegan2 import SynthesisBlock, resize_to
-from talk3d.ops.resample import fir_filter
+from talk3d.ops.resample import fir_filter, upsample2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +93,93 @@ class Superresolution(nn.Module):
         ws = w[:, None].expand(-1, 3, -1)
         for name in ("block0", "block1"):
             x, image = getattr(self, name)(x, image, ws, noise=False)
+        if config.matte:
+            return image[:, :3], (image[:, 3:] + 1) / 2
+        return image, resize_to(alpha, image.shape[-1])
+
+
+def baked_kernel(weight: Float[Tensor, "o i h w"], dtype: torch.dtype) -> Float[Tensor, "o i h w"]:
+    """Return a kernel for inference: another precision, channels-last, without gradient."""
+    return weight.detach().to(dtype).contiguous(memory_format=torch.channels_last)
+
+
+@dataclass(frozen=True)
+class BakedConv:
+    """A convolution with leaky ReLU and a clamp if there is one; `fir`, a filter for each channel, if it doubles the sides."""
+
+    weight: Float[Tensor, "_ _ k k"]
+    bias: Float[Tensor, " o"]
+    slope: float
+    clamp: float | None = None
+    fir: Float[Tensor, "o 1 4 4"] | None = None
+
+    @classmethod
+    def of_layer(cls, layer: SynthesisLayer, w: Float[Tensor, "1 d"], dtype: torch.dtype) -> "BakedConv":
+        """Fold style, demodulation and the gain of the leaky ReLU, which is homogeneous."""
+        style = layer.affine(w)[0]
+        weight = layer.weight * style[:, None, None]
+        weight = weight * torch.rsqrt(weight.square().sum((1, 2, 3), keepdim=True) + 1e-8) * math.sqrt(2)
+        bias = (layer.bias * math.sqrt(2)).detach().to(dtype)
+        if not layer.up:
+            return cls(baked_kernel(weight, dtype), bias, 0.2, layer.clamp)
+        taps = 4 * fir_filter().to(weight.device).expand(len(bias), 1, 4, 4)
+        return cls(baked_kernel(weight.transpose(0, 1), dtype), bias, 0.2, layer.clamp, baked_kernel(taps, dtype))
+
+    def __call__(self, x: Float[Tensor, "b i h w"]) -> Float[Tensor, "b o p q"]:
+        """Apply it."""
+        if self.fir is None:
+            x = F.conv2d(x, self.weight, self.bias, padding=1)
+        else:
+            x = F.conv2d(F.conv_transpose2d(x, self.weight, stride=2), self.fir, self.bias, padding=1, groups=len(self.bias))
+        x = F.leaky_relu_(x, self.slope)
+        return x if self.clamp is None else x.clamp_(-self.clamp, self.clamp)
+
+
+@dataclass(frozen=True)
+class BakedToImage:
+    """A 1×1 convolution without activation."""
+
+    weight: Float[Tensor, "k i 1 1"]
+    bias: Float[Tensor, " k"]
+    clamp: float | None
+
+    @classmethod
+    def of_layer(cls, layer: ToImage, w: Float[Tensor, "1 d"], dtype: torch.dtype) -> "BakedToImage":
+        """Fold the style."""
+        style = layer.affine(w)[0] / math.sqrt(layer.weight.shape[1])
+        return cls(baked_kernel(layer.weight * style[:, None, None], dtype), layer.bias.detach().to(dtype), layer.clamp)
+
+    def __call__(self, x: Float[Tensor, "b i h w"]) -> Float[Tensor, "b k h w"]:
+        """Apply it."""
+        x = F.conv2d(x, self.weight, self.bias)
+        return (x if self.clamp is None else x.clamp_(-self.clamp, self.clamp)).float()
+
+
+class BakedSuperresolution:
+    """Super-resolution of one person: plain convolutions."""
+
+    def __init__(self, module: Superresolution, w: Float[Tensor, "1 d"], dtype: torch.dtype) -> None:
+        self.config, self.dtype = module.config, dtype
+        self.blocks: list[tuple[bool, BakedConv, BakedConv, BakedToImage]] = []
+        for block in (module.get_submodule("block0"), module.get_submodule("block1")):
+            assert isinstance(block, SynthesisBlock)
+            first, second = (BakedConv.of_layer(layer, w, dtype) for layer in (block.conv0, block.conv1))
+            self.blocks.append((block.up, first, second, BakedToImage.of_layer(block.torgb, w, dtype)))
+
+    def __call__(
+        self, features: Float[Tensor, "b c h w"], alpha: Float[Tensor, "b 1 h w"]
+    ) -> tuple[Float[Tensor, "b 3 H W"], Float[Tensor, "b 1 H W"]]:
+        """Do what `Superresolution.forward` does."""
+        config, image = self.config, features[:, :3]
+        if config.matte:
+            image = torch.cat([image, 2 * alpha - 1], 1)
+        x = features
+        if config.shrink or features.shape[-1] < config.input_side:
+            x, image = (resize_to(y, config.input_side, antialias=config.antialias) for y in (x, image))
+        x = x.to(self.dtype, memory_format=torch.channels_last)
+        for up, first, second, to_image in self.blocks:
+            x = second(first(x))
+            image = (upsample2(image) if up else image) + to_image(x)
         if config.matte:
             return image[:, :3], (image[:, 3:] + 1) / 2
         return image, resize_to(alpha, image.shape[-1])
