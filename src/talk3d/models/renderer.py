@@ -218,7 +218,7 @@ class GuidedRenderer:
         self.density = out[0][:1].to(dtype), out[1][:1].to(dtype)
         self.colour = out[0][1:].to(dtype), out[1][1:].to(dtype)
         self.num_coarse = max(24, config.depth_resolution)
-        self.num_fine = max(12, config.depth_resolution_importance // 2)
+        self.num_fine = max(10, config.depth_resolution_importance // 2)
         self.compact = occupied.device.type == "cpu"  # elsewhere, counting what is left would make the host wait
 
     def __call__(
