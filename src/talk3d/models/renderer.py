@@ -238,7 +238,7 @@ class GuidedRenderer:
         origins, directions = (x.flatten(0, 1)[kept, None] for x in (rays.origins, rays.directions))
         shown = self._shade(rows, origins + distances[..., None] * directions, distances, volume if batch > 1 else None)
         empty = far.repeat_interleave(side**2)[:, None]
-        background = [torch.full_like(shown[0][:1], float(config.white_back)).expand(batch * side**2, -1), torch.zeros_like(empty), empty]
+        background = [empty.new_full((len(empty), config.feature_channels), float(config.white_back)), torch.zeros_like(empty), empty]
         pictures = [x.index_copy(0, kept, y) for x, y in zip(background, shown, strict=True)] if self.compact else shown
         features, alpha, depth = (x.view(batch, side, side, -1).permute(0, 3, 1, 2) for x in pictures)  # b c h w
         return 2 * features - 1, alpha, depth

@@ -87,7 +87,7 @@ class Cells:
     """Cells to a scene unit."""
     steps: Float[Tensor, "3"]
     """From a cell's (x, y, z) to its place in `full`."""
-    centres: Float[Tensor, "m 3"]
+    centres: Float[Tensor, "k 3"]
     """Of full blocks of cells, scene units."""
     radius: float
     """Of a block."""
@@ -96,12 +96,12 @@ class Cells:
     def of(cls, occupied: Bool[Tensor, "s s s"], box_warp: float, block: int = 4) -> "Cells":
         """Prepare cells that are indexed [z, y, x]; at least one is full."""
         side = occupied.shape[0]
-        blocks = F.max_pool3d(occupied[None, None].float(), min(block, side))[0, 0]
-        count = blocks.shape[0]
-        centres = ((blocks.nonzero().flip(1) + 0.5) / count - 0.5) * box_warp  # m, x y z
+        blocks = F.max_pool3d(occupied[None, None].float(), min(block, side), ceil_mode=True)[0, 0]
+        width = min(block, side) / side
+        centres = ((blocks.nonzero().flip(1) + 0.5) * width - 0.5) * box_warp  # k, x y z
         steps = torch.tensor([1.0, side + 2, (side + 2) ** 2], device=occupied.device)
         full = F.pad(occupied, (1,) * 6).flatten()
-        return cls(full=full, side=side, scale=side / box_warp, steps=steps, centres=centres, radius=3**0.5 / 2 * box_warp / count)
+        return cls(full=full, side=side, scale=side / box_warp, steps=steps, centres=centres, radius=3**0.5 / 2 * box_warp * width)
 
     def occupied(self, points: Float[Tensor, "n 3"]) -> Bool[Tensor, " n"]:
         """Say which points lie in full cells."""
