@@ -27,8 +27,9 @@ from model import RESULTS, make_parts, surroundings
 from talk3d.models.avatar import RELEASED, Avatar, AvatarConfig, Performance, PersonalizedGenerator
 from talk3d.models.baked import BakedAvatar, _Recorded
 from talk3d.models.generator import GeneratorConfig, TriplaneGenerator
+from talk3d.models.superresolution import BakedConv
 from talk3d.ops.geometry import head_camera
-from talk3d.ops.resample import fir
+from talk3d.ops.planes import project_points
 from talk3d.presets import FFHQ512, TINY, TINY_AVATAR
 from talk3d.types import Camera, Driving
 
@@ -93,8 +94,8 @@ def recorded(work: Callable[..., Any], *inputs: Tensor) -> Callable[[], Any]:
     """Return the work as a CUDA graph where there is CUDA."""
     if not inputs[0].is_cuda:
         return lambda: work(*inputs)
-    graph = _Recorded(work, inputs).graph
-    return graph.replay
+    graph = _Recorded(work, inputs)
+    return lambda kept=(graph, work, inputs): kept[0].graph.replay()  # what was recorded must outlive its graph
 
 
 def parts_of(avatar: Avatar, baked: BakedAvatar, batch: int) -> dict[str, tuple[Callable[[], Any], Callable[[], Any]]]:
@@ -155,12 +156,13 @@ def measure(avatar: Avatar, batch: int, device: str, repeats: int, compiled: boo
         "psnr_db": quality(avatar, baked, batch),
         "graph": bool(baked._graphs),
         "limit": limit(baked, driving, camera, device),
-        "parts": {
-            name: {"plain_s": seconds(plain, device, repeats), "baked_s": seconds(fast, device, repeats)}
-            for name, (plain, fast) in parts_of(avatar, baked, batch).items()
-        },
     }
     print(f"batch {batch}: {json.dumps(row)}", flush=True)
+    row["parts"] = {
+        name: {"plain_s": seconds(plain, device, repeats), "baked_s": seconds(fast, device, repeats)}
+        for name, (plain, fast) in parts_of(avatar, baked, batch).items()
+    }
+    print(f"batch {batch}: {json.dumps(row['parts'])}", flush=True)
     if compiled:
         torch.compiler.reset()
         start, fast = time.perf_counter(), BakedAvatar(avatar, compiled=True)
@@ -174,74 +176,47 @@ def measure(avatar: Avatar, batch: int, device: str, repeats: int, compiled: boo
     return row
 
 
-def polyphase(weight: Tensor) -> Tensor:
-    """Turn an upsampling kernel (i o 3 3), with the FIR filter after it, into one convolution (4o i 3 3) before a pixel shuffle."""
-    taps = fir(F.pad(weight, (3, 3, 3, 3)).flatten(0, 1)[:, None], (0, 0), gain=4)[:, 0].unflatten(0, weight.shape[:2])  # i o 6 6
-    phases = [taps[:, :, list(rows)][..., list(columns)] for rows in ((4, 2, 0), (5, 3, 1)) for columns in ((4, 2, 0), (5, 3, 1))]
-    return torch.stack(phases, 2).flatten(1, 2).transpose(0, 1).contiguous()
+class GridLookup:
+    """The look-up by `grid_sample` instead, in float32, for volumes that are looked at equally often."""
+
+    def __init__(self, baked: BakedAvatar) -> None:
+        self.config, self.dtype, self.batch = baked.renderer.config, baked.renderer.dtype, 1
+
+    def rows(self, planes: list[Tensor]) -> Tensor:
+        """Stack the planes, channels-last."""
+        self.batch = len(planes[0])
+        return torch.stack(planes, 1).flatten(0, 1).float().contiguous(memory_format=torch.channels_last)
+
+    def __call__(self, rows: Tensor, points: Tensor, volume: Tensor | None = None) -> Tensor:
+        """Look up."""
+        grid = project_points(points.view(self.batch, -1, 3), self.config.plane_axes, self.config.box_warp).flatten(0, 1).unsqueeze(1)
+        found = F.grid_sample(rows, grid, align_corners=False).unflatten(0, (self.batch, 3)).sum(1).squeeze(2)  # b c n
+        return found.transpose(1, 2).to(self.dtype).flatten(0, 1)
 
 
 def variants(avatar: Avatar, batch: int, repeats: int) -> dict[str, float]:
-    """Time other ways to do the same on a GPU: what the baked parts should be made of."""
-    baked, times = BakedAvatar(avatar), {}
-    x = torch.randn(batch, 32, 128, 128, device="cuda", dtype=torch.float16).to(memory_format=torch.channels_last)
-    for name, (_, first, second, to_image) in zip(("block0", "block1"), baked.superresolution.blocks, strict=True):
-        assert first.fir is not None
-        poly = polyphase(first.weight.float()).half().to(memory_format=torch.channels_last)
-        before = F.conv_transpose2d(x, first.weight, stride=2)
-        y = first(x)
-        ways: dict[str, tuple[Callable[..., Tensor], Tensor]] = {
-            "transposed": (lambda t, f=first: F.conv_transpose2d(t, f.weight, stride=2), x),
-            "filter": (lambda t, f=first: F.conv2d(t, f.fir, f.bias, padding=1, groups=len(f.bias)), before),
-            "filter planar": (lambda t, f=first: F.conv2d(t, f.fir.contiguous(), f.bias, padding=1, groups=len(f.bias)), before.contiguous()),
-            "filter separable": (lambda t: fir(t, (1, 1), gain=4), before),
-            "polyphase": (lambda t, p=poly: F.conv2d(t, p, padding=1), x),
-            "shuffle": (lambda t: F.pixel_shuffle(t, 2), F.conv2d(x, poly, padding=1)),
-            "second": (lambda t, s=second: F.conv2d(t, s.weight, s.bias, padding=1), y),
-            "leaky": (lambda t: F.leaky_relu(t, 0.2), y),
-            "to image": (to_image, y),
-        }
-        for way, (work, value) in ways.items():
-            try:
-                times[f"{name} {way}"] = seconds(recorded(lambda t, w=work: (w(t),), value), "cuda", repeats)
-            except RuntimeError as error:
-                print(name, way, str(error)[:200], flush=True)
-        x = second(y)
-    times |= _look_ups(baked, batch, repeats)
-    for name, value in times.items():
-        print(f"{name}: {value * 1e3:.3f} ms a batch of {batch}", flush=True)
+    """Time a GPU's frames when parts are made in other ways."""
+
+    def transposed(baked: BakedAvatar) -> None:
+        module, w = avatar.personalized.renderer.superresolution, avatar.personalized.w
+        blocks = [module.get_submodule(name) for name in ("block0", "block1")]
+        first: list[Any] = [BakedConv.of_layer(block.get_submodule("conv0"), w, torch.float16, fourfold=False) for block in blocks]
+        baked.superresolution.blocks = [(up, new, *rest) for (up, _, *rest), new in zip(baked.superresolution.blocks, first, strict=True)]
+
+    def grid(baked: BakedAvatar) -> None:
+        setattr(baked.renderer, "lookup", GridLookup(baked))  # noqa: B010
+
+    def all_samples(baked: BakedAvatar) -> None:
+        baked.renderer.num_coarse, baked.renderer.num_fine = 48, 24
+
+    times = {}
+    driving, camera = moments(avatar, 0, batch)
+    for change in (grid, transposed, all_samples):
+        baked = BakedAvatar(avatar)
+        change(baked)
+        times[change.__name__] = seconds(lambda baked=baked: baked.render(driving, camera), "cuda", repeats)
+        print(f"{change.__name__}: {times[change.__name__] * 1e3 / batch:.2f} ms a frame, {quality(avatar, baked, batch, 1):.1f} dB", flush=True)
     return times
-
-
-def _look_ups(baked: BakedAvatar, batch: int, repeats: int) -> dict[str, float]:
-    renderer, count, device = baked.renderer, 128**2 * 24, "cuda"
-    points = torch.rand(batch * count, 3, device=device) - 0.5
-    volume = torch.arange(batch, device=device).repeat_interleave(count)
-    planes = [torch.randn(batch, 32, 256, 256, device=device, dtype=torch.float16).to(memory_format=torch.channels_last) for _ in range(3)]
-    rows = renderer.lookup.rows(planes)
-    grid = torch.rand(3 * batch, 1, count, 2, device=device, dtype=torch.float16) * 2 - 1
-    stacked = torch.cat(planes)
-    found = renderer.lookup(rows, points, volume)
-    hidden = F.linear(found, *renderer.hidden)
-    index = torch.randint(0, len(rows), (batch * count, 12), device=device, dtype=torch.int32)
-    weights = torch.rand(batch * count, 12, device=device, dtype=torch.float16)
-    bags = torch.arange(batch * count, device=device, dtype=torch.int32).view(-1, 24)
-    shares = torch.rand(len(bags), 24, device=device, dtype=torch.float16)
-    ways: dict[str, Callable[..., Tensor]] = {
-        "rows": lambda p: renderer.lookup.rows([p, *planes[1:]]),
-        "look-up": lambda p: renderer.lookup(rows, p, volume),
-        "bag alone": lambda i: F.embedding_bag(i, rows, per_sample_weights=weights, mode="sum"),
-        "grid_sample": lambda g: F.grid_sample(stacked, g, align_corners=False),
-        "grid_sample planar": lambda g: F.grid_sample(stacked.contiguous(), g, align_corners=False),
-        "linear": lambda f: F.linear(f, *renderer.hidden),
-        "softplus": lambda h: F.softplus(h),
-        "colours": lambda h: F.linear(h, *renderer.colour),
-        "occupied": lambda p: renderer.cells.occupied(p),
-        "mix": lambda s: F.embedding_bag(bags, hidden, per_sample_weights=s, mode="sum"),
-    }
-    inputs = {"look-up": points, "occupied": points, "bag alone": index, "linear": found, "softplus": hidden, "colours": hidden, "mix": shares}
-    inputs |= {"rows": planes[0], "grid_sample": grid, "grid_sample planar": grid}
-    return {name: seconds(recorded(lambda t, w=work: (w(t),), inputs[name]), device, repeats) for name, work in ways.items()}
 
 
 def published_plain(batch: int) -> float:
@@ -281,20 +256,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
     size = chosen.size or ("sample" if chosen.device == "cpu" else "FFHQ512")
     avatar = sample_avatar(chosen.device) if size == "sample" else random_avatar(size, chosen.device)
     result: dict[str, Any] = {"size": size, "repeats": chosen.repeats, **surroundings(chosen.device, chosen.commit)}
+    path = chosen.out or RESULTS / f"animate_{chosen.device.partition(':')[0]}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+    def keep() -> None:
+        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
     with torch.no_grad():
         if chosen.variants:
             result["model_plain_s"] = {str(batch): published_plain(batch) for batch in chosen.batches}
             print("plain path of model.py:", result["model_plain_s"], flush=True)
         result["batches"] = {str(b): measure(avatar, b, chosen.device, chosen.repeats, False) for b in chosen.batches}
+        print(f"\nmilliseconds a frame, {size}, {result['hardware']}, torch {result['torch']}, commit {result['commit']}\n", flush=True)
+        print(table(result["batches"]), flush=True)
+        keep()
         if chosen.variants:
             result["variants_s"] = variants(avatar, max(chosen.batches), chosen.repeats)
+            keep()
         if chosen.compile:
-            for batch in reversed(chosen.batches):
+            for batch in chosen.batches:
                 result["batches"][str(batch)] |= measure(avatar, batch, chosen.device, chosen.repeats, True)
-    path = chosen.out or RESULTS / f"animate_{chosen.device.partition(':')[0]}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(f"\nmilliseconds a frame, {size}, {result['hardware']}, torch {result['torch']}, commit {result['commit']}\n\n{table(result['batches'])}")
+                keep()
 
 
 if __name__ == "__main__":

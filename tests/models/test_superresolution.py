@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from talk3d.models.stylegan2 import resize_to
-from talk3d.models.superresolution import PUBLISHED, BakedSuperresolution, Superresolution, SuperresolutionConfig
+from talk3d.models.superresolution import PUBLISHED, BakedConv, BakedSuperresolution, Superresolution, SuperresolutionConfig
 from talk3d.ops.resample import upsample2
 
 SIDES = {"8XDC": 512, "8X": 512, "4X": 256, "Deepfp32": 256, "2X": 128}
@@ -143,3 +143,14 @@ def test_baked_it_does_the_same(matte: bool, up: tuple[bool, bool], clamp: float
         expected = network(features, alpha, w[:1])
         found = BakedSuperresolution(network, w[:1], torch.float32)(features, alpha)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_both_ways_to_double_the_sides_agree() -> None:
+    layer = make(True).block0.conv0
+    torch.nn.init.normal_(layer.bias)
+    x, w = torch.randn(2, 6, 8, 8), torch.randn(1, 5)
+    with torch.no_grad():
+        found = [BakedConv.of_layer(layer, w, torch.float32, fourfold=fourfold)(x) for fourfold in (False, True)]
+        torch.testing.assert_close(found[0], layer(x, w, noise=False), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(found[1], found[0], atol=1e-5, rtol=1e-5)
+    assert found[1].is_contiguous(memory_format=torch.channels_last)

@@ -217,8 +217,8 @@ class GuidedRenderer:
         self.hidden = hidden[0].div(3).to(dtype), hidden[1].to(dtype)  # the look-up sums where the plain one takes the mean
         self.density = out[0][:1].to(dtype), out[1][:1].to(dtype)
         self.colour = out[0][1:].to(dtype), out[1][1:].to(dtype)
-        self.num_coarse = max(24, config.depth_resolution)
-        self.num_fine = max(10, config.depth_resolution_importance // 2)
+        self.num_coarse = max(24, config.depth_resolution // 2)
+        self.num_fine = max(10, config.depth_resolution_importance // 4)
         self.compact = occupied.device.type == "cpu"  # elsewhere, counting what is left would make the host wait
 
     def __call__(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from talk3d.models.layers import SynthesisLayer, ToImage
 from talk3d.models.stylegan2 import SynthesisBlock, resize_to
-from talk3d.ops.resample import fir_filter, upsample2
+from talk3d.ops.resample import fir, fir_filter, upsample2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,25 +105,31 @@ def baked_kernel(weight: Float[Tensor, "o i h w"], dtype: torch.dtype) -> Float[
 
 @dataclass(frozen=True)
 class BakedConv:
-    """A convolution with leaky ReLU and a clamp if there is one; `fir`, a filter for each channel, if it doubles the sides."""
+    """A convolution with leaky ReLU and a clamp if there is one.
+
+    One that doubles the sides is, on the CPU, a transposed convolution and the FIR filter, and elsewhere one convolution that makes the four
+    pixels of each: four times the arithmetic, which a GPU has, and no filter that it is slow at.
+    """
 
     weight: Float[Tensor, "_ _ k k"]
     bias: Float[Tensor, " o"]
-    slope: float
-    clamp: float | None = None
+    clamp: float | None
     fir: Float[Tensor, "o 1 4 4"] | None = None
+    fourfold: bool = False
 
     @classmethod
-    def of_layer(cls, layer: SynthesisLayer, w: Float[Tensor, "1 d"], dtype: torch.dtype) -> "BakedConv":
-        """Fold style, demodulation and the gain of the leaky ReLU, which is homogeneous."""
+    def of_layer(cls, layer: SynthesisLayer, w: Float[Tensor, "1 d"], dtype: torch.dtype, *, fourfold: bool) -> "BakedConv":
+        """Fold style, demodulation and the gain of the leaky ReLU, which is homogeneous; `fourfold` chooses how sides are doubled."""
         style = layer.affine(w)[0]
         weight = layer.weight * style[:, None, None]
         weight = weight * torch.rsqrt(weight.square().sum((1, 2, 3), keepdim=True) + 1e-8) * math.sqrt(2)
         bias = (layer.bias * math.sqrt(2)).detach().to(dtype)
         if not layer.up:
-            return cls(baked_kernel(weight, dtype), bias, 0.2, layer.clamp)
+            return cls(baked_kernel(weight, dtype), bias, layer.clamp)
+        if fourfold:
+            return cls(baked_kernel(four_pixels(weight), dtype), bias.repeat(4), layer.clamp, fourfold=True)
         taps = 4 * fir_filter().to(weight.device).expand(len(bias), 1, 4, 4)
-        return cls(baked_kernel(weight.transpose(0, 1), dtype), bias, 0.2, layer.clamp, baked_kernel(taps, dtype))
+        return cls(baked_kernel(weight.transpose(0, 1), dtype), bias, layer.clamp, baked_kernel(taps, dtype))
 
     def __call__(self, x: Float[Tensor, "b i h w"]) -> Float[Tensor, "b o p q"]:
         """Apply it."""
@@ -131,28 +137,49 @@ class BakedConv:
             x = F.conv2d(x, self.weight, self.bias, padding=1)
         else:
             x = F.conv2d(F.conv_transpose2d(x, self.weight, stride=2), self.fir, self.bias, padding=1, groups=len(self.bias))
-        x = F.leaky_relu_(x, self.slope)
-        return x if self.clamp is None else x.clamp_(-self.clamp, self.clamp)
+        x = F.leaky_relu_(x, 0.2)
+        if self.clamp is not None:
+            x.clamp_(-self.clamp, self.clamp)
+        if not self.fourfold:
+            return x
+        batch, _, height, width = x.shape
+        pixels = x.permute(0, 2, 3, 1).reshape(batch, height, width, 2, 2, -1).transpose(2, 3)  # b h 2 w 2 o
+        return pixels.reshape(batch, 2 * height, 2 * width, -1).permute(0, 3, 1, 2)  # b o p q, channels-last
+
+
+def four_pixels(weight: Float[Tensor, "o i 3 3"]) -> Float[Tensor, "p i 3 3"]:
+    """Turn a kernel that is applied as transposed convolution with stride 2 and FIR filter into one that makes the four pixels of each input.
+
+    Output channels are the o channels of the upper left pixel, the upper right, the lower left, the lower right. Along one axis, an even
+    output sees the six taps of kernel and filter together at 4, 2, 0, an odd one at 5, 3, 1.
+    """
+    taps = fir(F.pad(weight, (3, 3, 3, 3)), (0, 0), gain=4)  # o i 6 6
+    parts = ([4, 2, 0], [5, 3, 1])
+    return torch.cat([taps[:, :, rows][..., columns] for rows in parts for columns in parts])
 
 
 @dataclass(frozen=True)
 class BakedToImage:
-    """A 1×1 convolution without activation."""
+    """A 1×1 convolution without activation, as a product of matrices whose sides are multiples of eight, as GPUs like them."""
 
-    weight: Float[Tensor, "k i 1 1"]
-    bias: Float[Tensor, " k"]
+    weight: Float[Tensor, "p i"]
+    bias: Float[Tensor, " p"]
     clamp: float | None
+    channels: int
 
     @classmethod
     def of_layer(cls, layer: ToImage, w: Float[Tensor, "1 d"], dtype: torch.dtype) -> "BakedToImage":
         """Fold the style."""
-        style = layer.affine(w)[0] / math.sqrt(layer.weight.shape[1])
-        return cls(baked_kernel(layer.weight * style[:, None, None], dtype), layer.bias.detach().to(dtype), layer.clamp)
+        weight = layer.weight[:, :, 0, 0] * (layer.affine(w)[0] / math.sqrt(layer.weight.shape[1]))
+        channels = len(weight)
+        padding = -channels % 8
+        weight, bias = F.pad(weight.detach(), (0, 0, 0, padding)), F.pad(layer.bias.detach(), (0, padding))
+        return cls(weight.to(dtype), bias.to(dtype), layer.clamp, channels)
 
     def __call__(self, x: Float[Tensor, "b i h w"]) -> Float[Tensor, "b k h w"]:
         """Apply it."""
-        x = F.conv2d(x, self.weight, self.bias)
-        return (x if self.clamp is None else x.clamp_(-self.clamp, self.clamp)).float()
+        image = F.linear(x.permute(0, 2, 3, 1), self.weight, self.bias)[..., : self.channels].permute(0, 3, 1, 2).float()  # b k h w
+        return image if self.clamp is None else image.clamp(-self.clamp, self.clamp)
 
 
 class BakedSuperresolution:
@@ -163,7 +190,7 @@ class BakedSuperresolution:
         self.blocks: list[tuple[bool, BakedConv, BakedConv, BakedToImage]] = []
         for block in (module.get_submodule("block0"), module.get_submodule("block1")):
             assert isinstance(block, SynthesisBlock)
-            first, second = (BakedConv.of_layer(layer, w, dtype) for layer in (block.conv0, block.conv1))
+            first, second = (BakedConv.of_layer(layer, w, dtype, fourfold=w.device.type != "cpu") for layer in (block.conv0, block.conv1))
             self.blocks.append((block.up, first, second, BakedToImage.of_layer(block.torgb, w, dtype)))
 
     def __call__(

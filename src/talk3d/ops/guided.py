@@ -65,7 +65,7 @@ class RowLookup:
 
     def __call__(self, rows: Float[Tensor, "m c"], points: Float[Tensor, "n 3"], volume: Int[Tensor, " n"] | None = None) -> Float[Tensor, "n c"]:
         """Sum over the planes at points in scene units; `volume` says in which of several each lies."""
-        place = (points * self.scale + (self.side / 2 + 0.5)).clamp_(0, self.side + 1 - 1e-3)
+        place = (points * self.scale + (self.side / 2 + 0.5)).clamp_(0.0, self.side + 1 - 1e-3)
         cell = place.floor()
         inside = place.sub_(cell)
         index = torch.addmm(self.first, cell, self.to_rows).int()
@@ -105,7 +105,7 @@ class Cells:
 
     def occupied(self, points: Float[Tensor, "n 3"]) -> Bool[Tensor, " n"]:
         """Say which points lie in full cells."""
-        place = (points * self.scale + (self.side / 2 + 1)).clamp_(0, self.side + 1).floor_()
+        place = (points * self.scale + (self.side / 2 + 1)).clamp_(0.0, self.side + 1.0).floor_()
         return self.full[torch.mv(place, self.steps).int()]
 
     def span(self, eye: Float[Tensor, "b 3"]) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
@@ -124,7 +124,7 @@ def guided_bins(weights: Float[Tensor, "r m"], num_samples: int) -> Float[Tensor
     middles = (torch.arange(num_samples, device=cdf.device, dtype=cdf.dtype) + 0.5) / num_samples
     above = torch.searchsorted(cdf, middles.expand(len(cdf), -1).contiguous(), right=True).clamp_(1, weights.shape[1])
     low, high = cdf.gather(1, above - 1), cdf.gather(1, above)
-    return above - 1 + ((middles - low) / (high - low)).clamp_(0, 1)
+    return above - 1 + ((middles - low) / (high - low)).clamp_(0.0, 1.0)
 
 
 def guided_weights(density: Float[Tensor, "r s"], distances: Float[Tensor, "r s"]) -> Float[Tensor, "r s"]:
