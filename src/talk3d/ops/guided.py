@@ -106,7 +106,7 @@ class Cells:
     def occupied(self, points: Float[Tensor, "n 3"]) -> Bool[Tensor, " n"]:
         """Say which points lie in full cells."""
         place = (points * self.scale + (self.side / 2 + 1)).clamp_(0.0, self.side + 1.0).floor_()
-        return self.full[torch.mv(place, self.steps).int()]
+        return self.full[torch.mv(place, self.steps).long()]
 
     def span(self, eye: Float[Tensor, "b 3"]) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
         """Return the distances from `eye` between which all full cells lie."""

@@ -125,7 +125,8 @@ def export_onnx(avatar: Avatar, folder: Path) -> list[Path]:
 
 
 def _write_graph(module: nn.Module, inputs: dict[str, Tensor], output: str, path: Path) -> None:
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    for name in ("torch.onnx", "onnxscript", "onnx_ir"):  # which speak of themselves
+        logging.getLogger(name).setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporter, about itself
         program = torch.onnx.export(
@@ -150,11 +151,12 @@ def _translations() -> dict[Any, Any]:
 
     aten = torch.ops.aten
 
-    def bag(weight: Any, indices: Any, offsets: Any, *_: Any, per_sample_weights: Any = None, **__: Any) -> Any:
+    def bag(weight: Any, indices: Any, offsets: Any, *rest: Any) -> Any:
         """Sum weighted rows, in bags of one size."""
-        bags, size = int(offsets.shape[0]), int(indices.shape[0]) // int(offsets.shape[0])
+        bags = int(offsets.shape[0])
+        size = int(indices.shape[0]) // bags
         rows = op.Gather(weight, op.Reshape(indices, op.Constant(value_ints=[bags, size])))
-        shares = op.Reshape(per_sample_weights, op.Constant(value_ints=[bags, size, 1]))
+        shares = op.Reshape(rest[3], op.Constant(value_ints=[bags, size, 1]))
         return op.ReduceSum(op.Mul(rows, shares), op.Constant(value_ints=[1]), keepdims=0), offsets, offsets, offsets
 
     def search(edges: Any, values: Any, **_: Any) -> Any:
@@ -166,4 +168,4 @@ def _translations() -> dict[Any, Any]:
         """Multiply positive numbers up."""
         return op.Exp(op.CumSum(op.Log(x), dim))
 
-    return {aten._embedding_bag_forward_only.default: bag, aten.searchsorted.Tensor: search, aten.cumprod.default: product}
+    return {aten.embedding_bag.padding_idx: bag, aten.searchsorted.Tensor: search, aten.cumprod.default: product}
