@@ -137,6 +137,7 @@ def _write_graph(module: nn.Module, inputs: dict[str, Tensor], output: str, path
             opset_version=OPSET,
             dynamo=True,
             verbose=False,
+            optimize=False,  # runtimes do that when they load
             custom_translation_table=_translations(),
         )
     assert program is not None
@@ -147,8 +148,7 @@ def _write_graph(module: nn.Module, inputs: dict[str, Tensor], output: str, path
 
 def _translations() -> dict[Any, Any]:
     """Return what the exporter does not know, in operators of the standard: bags, sorted search, running products."""
-    from onnxscript import opset18 as op
-
+    op: Any = importlib.import_module("onnxscript").opset18
     aten = torch.ops.aten
 
     def bag(weight: Any, indices: Any, offsets: Any, *rest: Any) -> Any:
