@@ -78,4 +78,6 @@ def test_the_command_exports_what_is_asked_for(tmp_path: Path, capsys: pytest.Ca
     assert main(["export", "sample", "--mesh", str(tmp_path / "head.ply"), "--mesh-side", "32"]) == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / "head.ply") and (tmp_path / "head.ply").stat().st_size > 1000
     assert main(["export", "sample"]) == 2
-    assert "give --mesh head.glb" in capsys.readouterr().err
+    assert main(["export", str(tmp_path / "absent"), "--mesh", str(tmp_path / "head.ply")]) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 2 and "give --mesh head.glb" in errors[0] and "does not exist" in errors[1]
