@@ -1,4 +1,4 @@
-"""The benchmark runs, agrees with itself, and needs little."""
+"""The benchmarks run, agree with themselves, and need little."""
 
 import importlib.util
 import json
@@ -11,6 +11,7 @@ import pytest
 from talk3d.presets import BUILTIN256
 
 BENCHMARK = Path(__file__).resolve().parents[1] / "benchmarks" / "model.py"
+ANIMATE = BENCHMARK.with_name("animate.py")
 NOT_NEEDED = ("av", "ai_edge_litert", "mediapipe", "safetensors", "scipy", "torchmetrics", "tyro", "rich", "PIL")
 
 
@@ -60,3 +61,18 @@ def test_every_ablation_changes_a_setting_that_exists_and_the_table_shows_what_w
     assert "| no-blink | q | 26.54 | - |" in capsys.readouterr().out
     module.main(["list"])
     assert len(capsys.readouterr().out.splitlines()) == len(module.ROWS)
+
+
+def test_the_profile_of_an_animated_frame(tmp_path: Path, capsys) -> None:
+    spec = importlib.util.spec_from_file_location("animate_benchmark", ANIMATE)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    out = tmp_path / "result.json"
+    module.main(["--size", "TINY", "--device", "cpu", "--batches", "1", "2", "--repeats", "1", "--threads", "1", "--out", str(out)])
+    rows = json.loads(out.read_text())["batches"]
+    for row in rows.values():
+        assert list(row["parts"]) == ["tokens", "deltaplane", "volume rendering", "super-resolution"]
+        assert row["psnr_db"] > 40 and row["limit"]["flop"] > 0 and row["plain_s"] > 0
+    assert rows["2"]["limit"]["flop"] > 1.5 * rows["1"]["limit"]["flop"]
+    assert "| 2 | **frame** |" in capsys.readouterr().out

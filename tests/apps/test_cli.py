@@ -87,7 +87,7 @@ def test_every_command_has_help_with_examples(name: str, capsys: pytest.CaptureF
     assert "examples:" in shown and f"talk3d {name}" in shown
 
 
-@pytest.mark.parametrize("name", sorted(set(commands.COMMANDS) - {"demo", "doctor", "prior", "weights"}))
+@pytest.mark.parametrize("name", sorted(set(commands.COMMANDS) - {"demo", "doctor", "export", "prior", "weights"}))
 def test_missing_inputs_are_one_line(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     inputs = {"train": 2, "animate": 2, "evaluate": 2}.get(name, 1)
     missing = [str(tmp_path / f"absent{number}") for number in range(inputs)]
@@ -97,7 +97,7 @@ def test_missing_inputs_are_one_line(name: str, tmp_path: Path, capsys: pytest.C
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", sorted(set(commands.COMMANDS) - {"demo", "doctor", "prior", "weights"}))
+@pytest.mark.parametrize("name", sorted(set(commands.COMMANDS) - {"demo", "doctor", "export", "prior", "weights"}))
 def test_unwritable_outputs_are_one_line_before_work_starts(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given = tmp_path / "given"
     given.touch()

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from talk3d.errors import ConfigError
-from talk3d.models.renderer import PointDecoder, RendererConfig, TriplaneRenderer
+from talk3d.models.renderer import GuidedRenderer, PointDecoder, RendererConfig, TriplaneRenderer
 from talk3d.models.superresolution import SuperresolutionConfig
 from talk3d.ops.geometry import head_camera, project
 from talk3d.ops.planes import project_points, sample_planes
@@ -259,3 +259,49 @@ def test_one_style_serves_all_volumes() -> None:
     w, camera = torch.randn(1, 6), head_camera(torch.randn(2, 3) * 0.2)
     expected = renderer.render_triplane(triplane, w.expand(2, -1), camera).image
     torch.testing.assert_close(renderer.render_triplane(triplane, w, camera).image, expected, atol=1e-5, rtol=1e-4)
+
+
+def smooth_head() -> tuple[TriplaneRenderer, Triplane]:
+    """A volume with a soft surface: planes of low frequencies, and a decoder that looks at them closely."""
+    torch.manual_seed(2)
+    renderer = TriplaneRenderer(replace(SIZES, depth_resolution=48, depth_resolution_importance=48))
+    coarse = torch.nn.functional.interpolate(torch.randn(6, 4, 4, 4), size=(16, 16), mode="bicubic").view(2, 3, 4, 16, 16)
+    window = (1 - torch.linspace(-1, 1, 16).square()).clamp(min=0)
+    with torch.no_grad():
+        layer = renderer.decoder.net[2]
+        layer.weight[0] *= 25
+        layer.bias[0] = 10
+    return renderer, Triplane(planes=8 * coarse * window * window[:, None], axes="fixed")
+
+
+def test_guided_rendering_looks_like_the_plain_one() -> None:
+    renderer, volumes = smooth_head()
+    camera = head_camera(torch.tensor([[0.3, 0.1, 0.0], [-0.4, 0.0, 0.0]]))
+    occupied = renderer.occupancy(Triplane(planes=volumes.planes[:1], axes="fixed"), side=32) | renderer.occupancy(
+        Triplane(planes=volumes.planes[1:], axes="fixed"), side=32
+    )
+    with torch.no_grad():
+        plain = renderer.render_triplane(volumes, torch.zeros(1, 6), camera, occupied=occupied)
+        guided = GuidedRenderer(renderer, occupied, torch.float32)
+        guided.num_coarse, guided.num_fine = 48, 24  # this volume is all wisps
+        features, alpha, depth = guided(list(volumes.planes.unbind(1)), camera)
+        assert 0.1 < float(plain.raw_alpha.mean()) < 0.9
+        assert float((alpha - plain.raw_alpha).square().mean()) < 10**-4 and float((features - plain.features).square().mean() / 4) < 10**-4
+        solid = plain.raw_alpha > 0.5
+        assert float((depth - plain.depth)[solid].abs().mean()) < 0.01
+        guided.compact = False  # as on a GPU: all points are looked at, and what is empty is told so
+        for found, expected in zip(guided(list(volumes.planes.unbind(1)), camera)[:2], (features, alpha), strict=True):
+            assert float((found - expected).square().mean()) < 10**-5  # rays that hardly see anything are left out on the CPU
+
+
+def test_guided_rendering_of_nothing_is_black_or_white() -> None:
+    renderer, _ = random_volume()
+    planes = [torch.zeros(1, 4, 16, 16)] * 3
+    for white, level in ((False, -1.0), (True, 1.0)):
+        changed_renderer = TriplaneRenderer(replace(SIZES, white_back=white))
+        changed_renderer.load_state_dict(renderer.state_dict())
+        with torch.no_grad():
+            changed_renderer.decoder.net[2].bias[0] = -50
+            guided = GuidedRenderer(changed_renderer, torch.zeros(8, 8, 8, dtype=torch.bool), torch.float32)
+            features, alpha, depth = guided(planes, head_camera(torch.zeros(1, 3)))
+        assert features.eq(level).all() and alpha.eq(0).all() and depth.isfinite().all()

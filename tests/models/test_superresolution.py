@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from talk3d.models.stylegan2 import resize_to
-from talk3d.models.superresolution import PUBLISHED, Superresolution, SuperresolutionConfig
+from talk3d.models.superresolution import PUBLISHED, BakedConv, BakedSuperresolution, Superresolution, SuperresolutionConfig
 from talk3d.ops.resample import upsample2
 
 SIDES = {"8XDC": 512, "8X": 512, "4X": 256, "Deepfp32": 256, "2X": 128}
@@ -129,3 +129,28 @@ def test_one_style_for_all_samples_equals_the_same_for_each() -> None:
 
     for found, expected in zip(gradients(w), gradients(w.expand(2, -1)), strict=True):
         torch.testing.assert_close(found, expected, atol=1e-9, rtol=1e-8)
+
+
+@pytest.mark.parametrize(("matte", "up", "clamp"), [(True, (True, True), None), (False, (False, True), 0.4), (False, (True, False), 256.0)])
+def test_baked_it_does_the_same(matte: bool, up: tuple[bool, bool], clamp: float | None) -> None:
+    config = SuperresolutionConfig(input_side=8, channels=(4, 6), up=up, matte=matte, conv_clamp=clamp)
+    network = Superresolution(config, feature_channels=6, w_dim=5)
+    for name, parameter in network.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter)
+    features, alpha, w = inputs(5)
+    with torch.no_grad():
+        expected = network(features, alpha, w[:1])
+        found = BakedSuperresolution(network, w[:1], torch.float32)(features, alpha)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_both_ways_to_double_the_sides_agree() -> None:
+    layer = make(True).block0.conv0
+    torch.nn.init.normal_(layer.bias)
+    x, w = torch.randn(2, 6, 8, 8), torch.randn(1, 5)
+    with torch.no_grad():
+        found = [BakedConv.of_layer(layer, w, torch.float32, fourfold=fourfold)(x) for fourfold in (False, True)]
+        torch.testing.assert_close(found[0], layer(x, w, noise=False), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(found[1], found[0], atol=1e-5, rtol=1e-5)
+    assert found[1].is_contiguous(memory_format=torch.channels_last)

@@ -108,7 +108,9 @@ def test_the_generator_that_shows_the_validation_views_best_is_kept(prior: Prior
 
 def test_what_is_the_persons_own_sharpens_what_tuning_shows(prior: Prior) -> None:
     views, _ = painted(prior, prior.generator.mapping(torch.randn(1, 8)), torch.zeros(3, dtype=torch.long))
-    noisy = replace(views, target=PictureTarget(image=(views.target.image + 0.3 * torch.randn_like(views.target.image)).clamp(-1, 1), alpha=views.target.alpha))
+    noisy = replace(
+        views, target=PictureTarget(image=(views.target.image + 0.3 * torch.randn_like(views.target.image)).clamp(-1, 1), alpha=views.target.alpha)
+    )
     errors = []
     for rate in (0.0, 0.1):
         found = invert(prior, noisy, replace(SHORT, tuning_steps=15, tuning_rate=1e-5, own_rate=rate))

@@ -273,6 +273,12 @@ def _animate() -> Callable[..., None]:
     return command
 
 
+def _export() -> Callable[..., None]:
+    from talk3d.apps.prior import export_avatar
+
+    return export_avatar
+
+
 def _evaluate() -> Callable[..., None]:
     from talk3d.apps.evaluation import evaluate_command
 
@@ -336,6 +342,7 @@ COMMANDS: dict[str, Callable[[], Callable[..., None] | dict[str, Callable[..., N
     "demo": _demo,
     "doctor": _doctor,
     "evaluate": _evaluate,
+    "export": _export,
     "personalize": _personalize,
     "pretrain": _pretrain,
     "prior": _prior,

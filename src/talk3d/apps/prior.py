@@ -1,4 +1,4 @@
-"""The commands round priors: `talk3d pretrain` makes one, `talk3d prior show` lets it be looked at."""
+"""The commands round models: `talk3d pretrain` makes a prior, `prior show` lets it be looked at, `export` hands an avatar to other programs."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
@@ -12,13 +12,15 @@ from talk3d.apps.build import checkpoint_beside, remove_checkpoints
 from talk3d.apps.commands import Device, Input, Output, check_input, check_output, check_prior, resolve_device
 from talk3d.apps.terminal import Display
 from talk3d.errors import ConfigError
-from talk3d.io.weights import load_prior
+from talk3d.io.weights import load_avatar, load_prior
+from talk3d.stages.export import CARD, export_mesh, export_onnx
 from talk3d.stages.pretrain import PretrainConfig, pretrain
 from talk3d.stages.show import ShowConfig, show_prior
 from talk3d.types import Progress
 
 ALL_SIZES = {"tiny": presets.TINY, "builtin256": presets.BUILTIN256, "ffhq512": presets.FFHQ512}
 Folder = Annotated[Path | None, arg(metavar="FOLDER")]
+File = Annotated[Path | None, arg(metavar="FILE")]
 _PRETRAIN_DEFAULTS, _SHOW_DEFAULTS = PretrainConfig(), ShowConfig()
 
 
@@ -112,6 +114,30 @@ def show(
     with Display() as display:
         written = show_prior(load_prior(prior), out, config, device=resolve_device(device), seed=seed, progress=display)
     print("\n".join(map(str, written)))
+
+
+def export_avatar(avatar: Input, /, mesh: File = None, onnx: Folder = None, mesh_side: int = 256) -> None:
+    """Hand an avatar to other programs: its head at rest as a mesh, or what renders a frame as ONNX graphs.
+
+    Args:
+        avatar: from `talk3d build` or `talk3d train`, or the word sample for the shipped one.
+        mesh: the head with colours, .glb, .obj, .ply or .stl; needs talk3d[mesh].
+        onnx: a folder for talker.onnx, renderer.onnx and avatar.json, which says what goes in and out; needs talk3d[onnx].
+        mesh_side: cells a side of the cube in which the surface is looked for.
+    """
+    if mesh is None and onnx is None:
+        raise ConfigError("nothing to export: give --mesh head.glb, --onnx FOLDER, or both")
+    if str(avatar) != "sample":
+        check_input(avatar, "an avatar, made by `talk3d build`")
+    for out, marker in ((mesh, None), (onnx, CARD)):
+        if out is not None:
+            check_output(out, avatar, folder_with=marker)
+    loaded = load_avatar(avatar)
+    if mesh is not None:
+        export_mesh(loaded, mesh, side=mesh_side)
+        print(mesh)
+    if onnx is not None:
+        print("\n".join(map(str, export_onnx(loaded, onnx))))
 
 
 COMMANDS: dict[str, Callable[..., None]] = {"show": show}

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
@@ -114,6 +114,15 @@ class Performance:
     anchors: Float[Tensor, "t 6"]
 
 
+@runtime_checkable
+class Renders(Protocol):
+    """Whatever shows the person at given moments from given cameras."""
+
+    def render(self, driving: Driving, camera: Camera) -> Rendering:
+        """Render b frames as their cameras see them, deterministically."""
+        ...
+
+
 class Avatar(nn.Module):
     """A person who talks: everything animation needs and nothing else."""
 
@@ -185,6 +194,12 @@ class Avatar(nn.Module):
         with torch.no_grad():
             tokens = self.conditioner(driving)
             return self.predictor.score_maps(self._prepared(len(tokens)), tokens)
+
+    def bake(self) -> Renders:
+        """Return what renders this avatar fast, on the device that it is on and as its weights are now, without gradients: `models.baked`."""
+        from talk3d.models.baked import BakedAvatar
+
+        return BakedAvatar(self)
 
     def save(self, path: str | Path) -> None:
         """Write one file, weights as float16."""

@@ -1,6 +1,7 @@
 """Tri-plane look-up and the 3D-aware roll-out of plane features."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -22,6 +23,11 @@ _PROFILES: dict[RollOut, tuple[tuple[tuple[int, int, int], ...], ...]] = {
     "released": (((1, -2, -1), (2, -1, -2)), ((0, -1, -2), (2, -2, -1)), ((0, -2, -1), (1, -1, -2))),
 }
 """For each plane, what it gets of the two others: which, the axis they are averaged over, the axis along which that is constant."""
+
+
+def plane_axes(axes: PlaneAxes) -> tuple[tuple[int, int], ...]:
+    """Return, for each plane, the world axes along its columns and rows."""
+    return _PLANE_COORDINATES[axes]
 
 
 def project_points(points: Float[Tensor, "b n 3"], axes: PlaneAxes, box_warp: float) -> Float[Tensor, "b 3 n 2"]:
@@ -57,32 +63,60 @@ def roll_out(planes: Float[Tensor, "b 3 c h w"], order: RollOut = "consistent") 
     return torch.stack(rolled, 1)
 
 
-def convolve_rolled_out(
-    planes: Float[Tensor, "b 3 c h w"], weights: Sequence[Float[Tensor, "o d 3 3"]], biases: Sequence[Float[Tensor, " o"]], order: RollOut
+@dataclass(frozen=True, kw_only=True)
+class RolledOutKernels:
+    """Kernels over three rolled-out planes, split into what each plane meets."""
+
+    own: tuple[Float[Tensor, "o c 3 3"], ...]
+    """Over each plane itself."""
+    lines: Float[Tensor, "6 d p"]
+    """Over the means of the two others, of each plane: 1-D kernels of 3 taps and c channels, three for each of o channels: what is added
+    everywhere, and what of it is too much at the two ends."""
+    order: RollOut
+
+    def to(self, dtype: torch.dtype) -> "RolledOutKernels":
+        """Return them in another precision and channels-last."""
+        own = tuple(kernel.to(dtype).contiguous(memory_format=torch.channels_last) for kernel in self.own)
+        return RolledOutKernels(own=own, lines=self.lines.to(dtype), order=self.order)
+
+
+def split_rolled_out(weights: Sequence[Float[Tensor, "o d 3 3"]], order: RollOut) -> RolledOutKernels:
+    """Split a kernel for each plane over the 3c channels of `roll_out`."""
+    lines, own = [], []
+    for target, (sources, weight) in enumerate(zip(_PROFILES[order], weights, strict=True)):
+        parts = weight.chunk(3, 1)
+        own.append(parts[target])
+        for source, _, along in sources:
+            first, _, last = parts[source].unbind(along)
+            lines.append(torch.cat([parts[source].sum(along), first, last]).flatten(1).T)  # p c 3 to (c 3) p
+    return RolledOutKernels(own=tuple(own), lines=torch.stack(lines), order=order)
+
+
+def convolve_split(
+    planes: Sequence[Float[Tensor, "b c h w"]], kernels: RolledOutKernels, biases: Sequence[Float[Tensor, " o"]]
 ) -> list[Float[Tensor, "b o h w"]]:
-    """Roll out and convolve each plane (3×3, zero border), without ever making the rolled-out planes.
+    """Roll three square planes out and convolve each (3×3, zero border), without ever making the rolled-out planes.
 
     What comes from another plane is constant along one axis, so it takes a 1-D convolution with the kernel summed over that axis; at the two
     ends of the axis, where a tap falls outside, that tap's part is taken back.
-
-    Args:
-        planes: three planes.
-        weights: a kernel for each plane, over the 3c channels of `roll_out`.
-        biases: one for each plane.
-        order: see `roll_out`.
     """
-    channels = planes.shape[2]
-    means = {axis: planes.mean(axis).unbind(1) for axis in (-1, -2)}
-    convolved = []
-    for target, (sources, weight, bias) in enumerate(zip(_PROFILES[order], weights, biases, strict=True)):
-        parts = weight.split(channels, 1)
-        out = F.conv2d(planes[:, target], parts[target], bias, padding=1)
-        for source, over, along in sources:
-            first, _, last = parts[source].unbind(along)
-            lines = F.conv1d(means[over][source], torch.cat([parts[source].sum(along), first, last]), padding=1)
-            everywhere, low, high = lines.chunk(3, 1)
-            out += everywhere.unsqueeze(along)
-            out.select(along, 0).sub_(low)
-            out.select(along, -1).sub_(high)
-        convolved.append(out)
+    profiles = [(source, over, along) for sources in _PROFILES[kernels.order] for source, over, along in sources]
+    means = torch.stack([planes[source].mean(over).transpose(1, 2) for source, over, _ in profiles])  # 6 b n c
+    batch, side, channels = means.shape[1:]
+    taps = F.pad(means, (0, 0, 1, 1)).unfold(2, 3, 1).reshape(6, batch * side, 3 * channels)
+    lines = torch.bmm(taps, kernels.lines).view(6, batch, side, -1).transpose(2, 3)  # 6 b p n
+    convolved = [F.conv2d(plane, own, bias, padding=1) for plane, own, bias in zip(planes, kernels.own, biases, strict=True)]
+    for number, (line, (_, _, along)) in enumerate(zip(lines, profiles, strict=True)):
+        everywhere, low, high = line.chunk(3, 1)
+        out = convolved[number // 2]
+        out += everywhere.unsqueeze(along)
+        out.select(along, 0).sub_(low)
+        out.select(along, -1).sub_(high)
     return convolved
+
+
+def convolve_rolled_out(
+    planes: Float[Tensor, "b 3 c h w"], weights: Sequence[Float[Tensor, "o d 3 3"]], biases: Sequence[Float[Tensor, " o"]], order: RollOut
+) -> list[Float[Tensor, "b o h w"]]:
+    """Roll out and convolve each plane with a kernel of its own over the 3c channels of `roll_out`; see `convolve_split`."""
+    return convolve_split(planes.unbind(1), split_rolled_out(weights, order), biases)

@@ -1,0 +1,139 @@
+"""Volume rendering with few samples, for inference: planes as rows of features, and samples only where a coarse look found something.
+
+The plain way looks coarsely along every ray, then finely, and keeps all samples. Here the coarse look takes a quarter of the rays and wants the
+density alone; the fine one starts from its weights. Shapes are static unless `Cells.occupied` is used to drop points. Must not import models.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from talk3d.ops.planes import plane_axes
+from talk3d.ops.volume import segment_weights
+from talk3d.types import PlaneAxes
+
+EMPTY = -30.0
+"""Raw density of empty space."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowLookup:
+    """Bilinear look-up in planes that lie in memory as rows of features, all channels of a cell side by side: one read for each corner.
+
+    A point's twelve rows (three planes, four corners) and their weights are products of small matrices with the point's cell and its place there.
+    """
+
+    side: int
+    """Pixels a side of the planes."""
+    scale: float
+    """Pixels to a scene unit."""
+    to_rows: Float[Tensor, "3 12"]
+    first: Float[Tensor, "12"]
+    along: tuple[Float[Tensor, "3 12"], Float[Tensor, "3 12"]]
+    base: tuple[Float[Tensor, "12"], Float[Tensor, "12"]]
+
+    @classmethod
+    def of(cls, axes: PlaneAxes, side: int, box_warp: float, device: torch.device) -> "RowLookup":
+        """Prepare for planes of `side` pixels that span a cube of side `box_warp`."""
+        padded = side + 2
+        to_rows, first = torch.zeros(3, 12), torch.zeros(12)
+        along, base = torch.zeros(2, 3, 12), torch.zeros(2, 12)
+        for plane, (column, row) in enumerate(plane_axes(axes)):
+            for corner in range(4):
+                right, below, number = corner % 2, corner // 2, 4 * plane + corner
+                to_rows[column, number], to_rows[row, number] = 1, padded
+                first[number] = plane * padded**2 + right + below * padded
+                for k, (axis, far) in enumerate(((column, right), (row, below))):
+                    along[k, axis, number], base[k, number] = (1, 0) if far else (-1, 1)
+        across, down = along.to(device)
+        left, top = base.to(device)
+        return cls(side=side, scale=side / box_warp, to_rows=to_rows.to(device), first=first.to(device), along=(across, down), base=(left, top))
+
+    def rows(self, planes: list[Float[Tensor, "b c s s"]]) -> Float[Tensor, "m c"]:
+        """Lay three planes out as rows, with a border of zeros, which is what lies outside."""
+        batch, channels, side, _ = planes[0].shape
+        rows = planes[0].new_empty(batch, 3, side + 2, side + 2, channels)
+        for axis in (2, 3):
+            for end in (0, -1):
+                rows.select(axis, end).zero_()
+        for slot, plane in enumerate(planes):
+            rows[:, slot, 1:-1, 1:-1] = plane.permute(0, 2, 3, 1)  # b h w c
+        return rows.view(-1, channels)
+
+    def __call__(self, rows: Float[Tensor, "m c"], points: Float[Tensor, "n 3"], volume: Int[Tensor, " n"] | None = None) -> Float[Tensor, "n c"]:
+        """Sum over the planes at points in scene units; `volume` says in which of several each lies."""
+        place = (points * self.scale + (self.side / 2 + 0.5)).clamp_(0.0, self.side + 1 - 1e-3)
+        cell = place.floor()
+        inside = place.sub_(cell)
+        index = torch.addmm(self.first, cell, self.to_rows).int()
+        if volume is not None:
+            index += (volume * (3 * (self.side + 2) ** 2)).int().unsqueeze(1)
+        weights = torch.addmm(self.base[0], inside, self.along[0]).mul_(torch.addmm(self.base[1], inside, self.along[1]))
+        return F.embedding_bag(index, rows, per_sample_weights=weights.to(rows.dtype), mode="sum")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cells:
+    """Cells of the cube that may be full, and where they are."""
+
+    full: Bool[Tensor, " m"]
+    """Flattened, with one empty cell all round."""
+    side: int
+    """Cells a side, without those."""
+    scale: float
+    """Cells to a scene unit."""
+    steps: Float[Tensor, "3"]
+    """From a cell's (x, y, z) to its place in `full`."""
+    centres: Float[Tensor, "k 3"]
+    """Of full blocks of cells, scene units."""
+    radius: float
+    """Of a block."""
+
+    @classmethod
+    def of(cls, occupied: Bool[Tensor, "s s s"], box_warp: float, block: int = 4) -> "Cells":
+        """Prepare cells that are indexed [z, y, x]; at least one is full."""
+        side = occupied.shape[0]
+        blocks = F.max_pool3d(occupied[None, None].float(), min(block, side), ceil_mode=True)[0, 0]
+        width = min(block, side) / side
+        centres = ((blocks.nonzero().flip(1) + 0.5) * width - 0.5) * box_warp  # k, x y z
+        steps = torch.tensor([1.0, side + 2, (side + 2) ** 2], device=occupied.device)
+        full = F.pad(occupied, (1,) * 6).flatten()
+        return cls(full=full, side=side, scale=side / box_warp, steps=steps, centres=centres, radius=3**0.5 / 2 * box_warp * width)
+
+    def occupied(self, points: Float[Tensor, "n 3"]) -> Bool[Tensor, " n"]:
+        """Say which points lie in full cells."""
+        place = (points * self.scale + (self.side / 2 + 1)).clamp_(0.0, self.side + 1.0).floor_()
+        return self.full[torch.mv(place, self.steps).long()]
+
+    def span(self, eye: Float[Tensor, "b 3"]) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
+        """Return the distances from `eye` between which all full cells lie."""
+        distance = (self.centres - eye[:, None]).norm(dim=-1)  # b m
+        return (distance.amin(1) - self.radius).clamp(min=0), distance.amax(1) + self.radius
+
+
+def guided_bins(weights: Float[Tensor, "r m"], num_samples: int) -> Float[Tensor, "r s"]:
+    """Place samples by coarse weights, in the middles of equal shares, in units of the m segments.
+
+    Shares are of the weights' square roots: enough samples on the surface, and some on what is faint.
+    """
+    cdf = F.pad((weights + 1e-5).sqrt_().cumsum(1), (1, 0))
+    cdf = cdf / cdf[:, -1:]
+    middles = (torch.arange(num_samples, device=cdf.device, dtype=cdf.dtype) + 0.5) / num_samples
+    above = torch.searchsorted(cdf, middles.expand(len(cdf), -1).contiguous(), right=True).clamp_(1, weights.shape[1])
+    low, high = cdf.gather(1, above - 1), cdf.gather(1, above)
+    return above - 1 + ((middles - low) / (high - low)).clamp_(0.0, 1.0)
+
+
+def guided_weights(density: Float[Tensor, "r s"], distances: Float[Tensor, "r s"]) -> Float[Tensor, "r s"]:
+    """Share of each sample in what its ray shows; the outermost samples reach out by half of their distance to the next."""
+    near, far = (1.5 * distances[:, i] - 0.5 * distances[:, j] for i, j in ((0, 1), (-1, -2)))
+    reached = torch.cat([near[:, None], distances, far[:, None]], 1)
+    ends = torch.cat([density[:, :1], density, density[:, -1:]], 1)
+    segments = segment_weights(ends[None], reached[None])[0]
+    shares = (F.pad(segments, (1, 0)) + F.pad(segments, (0, 1))) / 2  # as in `volume.composite`
+    shares[:, 1] += shares[:, 0]
+    shares[:, -2] += shares[:, -1]
+    return shares[:, 1:-1]

@@ -1,0 +1,93 @@
+"""What is baked against its plain twins, and ways that fail given up for the next."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import talk3d
+from talk3d.models import baked
+from talk3d.models.avatar import Avatar
+from talk3d.models.baked import BakedAvatar, BakedDeltaplane
+from talk3d.types import Camera, Driving, Rendering
+
+
+@pytest.mark.parametrize("released", [False, True])
+def test_baked_planes_are_identity_and_delta(make_predictor, identity, released: bool) -> None:
+    predictor = make_predictor(released=released, num_bases=0 if released else 3)
+    for module in predictor.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+        if isinstance(module, nn.BatchNorm2d | nn.GroupNorm | nn.LayerNorm):
+            nn.init.normal_(module.weight)
+            nn.init.normal_(module.bias)
+    predictor.scale.fill_(1.0 if released else 1.7)
+    predictor.eval()
+    tokens, coefficients = torch.randn(3, 5, 6), torch.randn(3, 0 if released else 3)
+    with torch.no_grad():
+        expected = identity + predictor(identity, tokens, None if released else coefficients)
+        found = torch.stack(BakedDeltaplane(predictor, identity, torch.float32)(tokens, coefficients), 1)
+    assert (expected.planes - identity.planes).std() > 0.05
+    torch.testing.assert_close(found, expected.planes, atol=1e-4, rtol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def sample() -> Avatar:
+    assert talk3d.__file__ is not None
+    return talk3d.load_avatar(Path(talk3d.__file__).parent / "assets" / "sample_avatar.safetensors").eval()
+
+
+def moment(avatar: Avatar, *frames: int) -> tuple[Driving, Camera]:
+    performance, index = avatar.performance, torch.tensor(frames)
+    return Driving(
+        audio=torch.randn(len(frames), 8, 16, 64),
+        blink=performance.blink[index],
+        head_pose=performance.head_pose[index],
+        anchors=performance.anchors[index],
+    ), performance.cameras[index]
+
+
+def psnr(found: Rendering, expected: Rendering) -> float:
+    """Decibels of the worst picture."""
+    difference = (found.image.clamp(-1, 1) - expected.image.clamp(-1, 1)) / 2
+    return float(-10 * difference.square().flatten(1).mean(1).max().log10())
+
+
+def test_a_baked_avatar_looks_like_the_plain_one(sample: Avatar) -> None:
+    driving, camera = moment(sample, 3, 400)
+    with torch.no_grad():
+        expected = sample.render(driving, camera)
+    found = sample.bake().render(driving, camera)
+    assert psnr(found, expected) > 45
+    assert float((found.alpha - expected.alpha).abs().mean()) < 2e-3
+    assert found.raw.equal(found.features[:, :3]) and found.depth.shape == expected.depth.shape
+    assert sample.bake().render(driving, camera).image.equal(found.image)
+
+
+def test_baking_keeps_a_snapshot(sample: Avatar) -> None:
+    driving, camera = moment(sample, 10)
+    before = sample.bake()
+    expected = before.render(driving, camera).image
+    kept = sample.personalized.w.clone()
+    try:
+        sample.personalized.w.add_(1)
+        assert before.render(driving, camera).image.equal(expected)
+    finally:
+        sample.personalized.w.copy_(kept)
+
+
+def test_what_fails_is_given_up_with_a_warning(sample: Avatar, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def failing(*_: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        raise RuntimeError("no compiler\nat all")
+
+    model = BakedAvatar(sample)
+    driving, camera = moment(sample, 10)
+    expected = model.render(driving, camera).image
+    monkeypatch.setattr(baked, "_Recorded", failing)
+    monkeypatch.setattr(model, "_graphs", {})
+    monkeypatch.setattr(model, "_compiled", failing)
+    for _ in range(2):
+        assert model.render(driving, camera).image.equal(expected)
+    assert [record.getMessage() for record in caplog.records] == ["no CUDA graph: no compiler", "not compiled: no compiler"]

@@ -1,0 +1,66 @@
+"""Look-ups by rows against plain look-ups, and guided samples against closed forms."""
+
+import math
+
+import pytest
+import torch
+
+from talk3d.ops.guided import Cells, RowLookup, guided_bins, guided_weights
+from talk3d.ops.planes import project_points, sample_planes
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("axes", ["fixed", "released"])
+def test_rows_hold_what_plain_look_ups_find(axes) -> None:
+    planes, points = torch.randn(2, 3, 5, 8, 8), 1.4 * torch.rand(2, 40, 3) - 0.7  # some lie outside, where there is nothing
+    lookup = RowLookup.of(axes, 8, 0.9, CPU)
+    volume = torch.arange(2).repeat_interleave(40)
+    found = lookup(lookup.rows(list(planes.unbind(1))), points.flatten(0, 1), volume)
+    expected = 3 * sample_planes(planes, project_points(points, axes, 0.9)).flatten(0, 1)
+    torch.testing.assert_close(found, expected, atol=1e-2, rtol=1e-4)  # at the outer edge, points are held a thousandth of a pixel inside
+    inside = (points.flatten(0, 1).abs() < 0.4).all(-1)
+    torch.testing.assert_close(found[inside], expected[inside], atol=1e-5, rtol=1e-5)
+    alone = lookup(lookup.rows([plane[:1] for plane in planes.unbind(1)]), points[0])
+    torch.testing.assert_close(alone, found[:40])
+
+
+def test_cells_know_which_points_they_hold() -> None:
+    full = torch.rand(6, 6, 6) > 0.6
+    cells, points = Cells.of(full, 0.8), 1.2 * torch.rand(500, 3) - 0.6
+    place = ((points / 0.8 + 0.5) * 6).floor().long()
+    inside = ((place >= 0) & (place < 6)).all(1)
+    x, y, z = place.clamp(0, 5).unbind(1)
+    assert cells.occupied(points).equal(full[z, y, x] & inside)
+
+
+def test_the_span_holds_all_full_cells() -> None:
+    full = torch.zeros(16, 16, 16, dtype=torch.bool)
+    full[3:9, 5:7, 12:15] = True
+    eyes = torch.tensor([[0.0, 0.0, 2.7], [2.0, 1.0, -1.0]])
+    near, far = Cells.of(full, 1.0).span(eyes)
+    corners = torch.cartesian_prod(torch.tensor([12.0, 15.0]), torch.tensor([5.0, 7.0]), torch.tensor([3.0, 9.0])) / 16 - 0.5  # x y z
+    distance = (corners - eyes[:, None]).norm(dim=-1)
+    assert (near <= distance.amin(1)).all() and (far >= distance.amax(1)).all()
+    assert (far - near < distance.amax(1) - distance.amin(1) + 1.0).all()
+
+
+def test_even_weights_give_even_samples() -> None:
+    torch.testing.assert_close(guided_bins(torch.full((2, 8), 0.1), 4), torch.tensor([1.0, 3.0, 5.0, 7.0]).expand(2, 4))
+
+
+def test_samples_lie_where_the_weights_are() -> None:
+    weights = torch.zeros(1, 10)
+    weights[0, 6] = 0.9
+    bins = guided_bins(weights, 9)
+    assert ((bins >= 6) & (bins <= 7)).sum() >= 8 and (bins.diff() > 0).all()
+
+
+def test_shares_of_even_density_add_up_to_the_closed_form() -> None:
+    """The outermost samples stand for half a step more, so even samples cover the whole ray."""
+    samples, length, extinction = 20, 0.7, 2.5
+    raw = math.log(math.expm1(extinction)) + 1
+    distances = (2 + length * (torch.arange(samples) + 0.5) / samples).expand(3, -1)
+    shares = guided_weights(torch.full((3, samples), raw), distances)
+    torch.testing.assert_close(shares.sum(1), torch.full((3,), 1 - math.exp(-extinction * length)))
+    assert (shares.diff() < 0).all()
