@@ -4,8 +4,8 @@ Everything streams: memory does not grow with the length of a video. Knows nothi
 """
 
 import logging
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ from talk3d.types import Waveform
 logger = logging.getLogger(__name__)
 
 READ_ERRORS = (FFmpegError, OSError, ValueError)
+HELD = 32
+"""Pictures that are held while a video is read backwards."""
 UNTAGGED = 2
 """FFmpeg's number for a matrix that the file does not name."""
 
@@ -56,6 +58,8 @@ class VideoScan:
     """For each frame, how many times more it differs from the one before than its neighbours do; see `timeline.find_jumps`."""
     truncated: bool
     """The file ended before its own header said it would, or broke off with an error."""
+    times_s: Float[np.ndarray, " d"] = field(default_factory=lambda: np.zeros(0))
+    """Time stamps of the decoded pictures."""
 
     @property
     def num_frames(self) -> int:
@@ -130,6 +134,7 @@ def scan_video(path: str | Path, fps: float = 25.0) -> VideoScan:
         cuts=tuple(int(np.searchsorted(source_index, cut)) for cut in find_cuts(change) if cut <= source_index[-1]),
         jumps=largest_since(find_jumps(change), source_index),
         truncated=broken or len(stamps) < 0.9 * promised,
+        times_s=stamps,
     )
 
 
@@ -162,6 +167,51 @@ def read_video(path: str | Path, fps: float = 25.0, scan: VideoScan | None = Non
                     return
         except READ_ERRORS as error:
             raise MediaError(f"{path} changed while it was read ({error}): try again with a file that nothing else writes to") from error
+
+
+def read_frames(scan: VideoScan, order: Iterable[int]) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
+    """Yield upright RGB frames at the constant rate in any order; steps forward and back are cheap, and few frames are held at once.
+
+    Args:
+        scan: what `scan_video` found.
+        order: numbers of frames.
+
+    Raises:
+        MediaError: the file cannot be read any more.
+    """
+    held: dict[int, UInt8[np.ndarray, "h w 3"]] = {}
+    ahead: Iterator[tuple[int, UInt8[np.ndarray, "h w 3"]]] = iter(())
+    for wanted in (int(scan.source_index[number]) for number in order):
+        if wanted not in held and held and wanted < min(held):
+            ahead = _pictures_from(scan, max(wanted - HELD + 1, 0))
+            held = {}
+        elif wanted not in held and (not held or wanted > max(held) + 2 * HELD):
+            ahead, held = _pictures_from(scan, wanted), {}
+        while wanted not in held:
+            number, frame = next(ahead, (-1, None))
+            if frame is None:
+                raise MediaError(f"{scan.path} changed while it was read: try again with a file that nothing else writes to")
+            held[number] = frame
+            if len(held) > HELD:
+                del held[min(held)]
+        yield held[wanted]
+
+
+def _pictures_from(scan: VideoScan, first: int) -> Iterator[tuple[int, UInt8[np.ndarray, "h w 3"]]]:
+    """Pictures of a file from one of them on, with their numbers."""
+    upright = scan.rotation_deg % 180 == 0
+    size = (scan.width_px, scan.height_px) if upright else (scan.height_px, scan.width_px)
+    with _open_video(scan.path) as container:
+        stream = container.streams.video[0]
+        try:
+            if first and stream.time_base:
+                container.seek(int((scan.times_s[first] - 1e-4) / stream.time_base), stream=stream)
+            for picture in container.decode(stream):
+                number = int(np.abs(scan.times_s - (scan.times_s[0] if picture.time is None else picture.time)).argmin())
+                if number >= first:
+                    yield number, np.ascontiguousarray(np.rot90(_to_rgb(picture, size), scan.rotation_deg // 90))
+        except READ_ERRORS as error:
+            raise MediaError(f"{scan.path} changed while it was read ({error}): try again with a file that nothing else writes to") from error
 
 
 def read_audio(path: str | Path, sample_rate_hz: int = 16000) -> Waveform:

@@ -26,7 +26,7 @@ from talk3d.types import Waveform
 WRITE_ERRORS = (FFmpegError, OSError)
 BT709 = 1
 """FFmpeg's number for BT.709 primaries, transfer and matrix."""
-SEGMENT_FRAMES = 240
+SEGMENT_FRAMES = 120
 """About how many frames of a long film are lost when it is interrupted."""
 
 

@@ -179,10 +179,15 @@ class Actor:
         return self.blink[ping_pong(frames, len(self.blink))]
 
 
+def clip_index(clip: Clip, fps: float) -> Int[Tensor, " t"]:
+    """Numbers of the clip's frames that are shown one after the other at another frame rate."""
+    count = max(1, round(clip.num_frames * fps / clip.fps))
+    return (torch.arange(count) * clip.fps / fps).round().long().clamp(max=clip.num_frames - 1)
+
+
 def performance_of(clip: Clip, fps: float) -> Performance:
     """Return how the person of a clip moved, in all its frames, at another frame rate."""
-    index = (torch.arange(max(1, round(clip.num_frames * fps / clip.fps))) * clip.fps / fps).round().long().clamp(max=clip.num_frames - 1)
-    track = clip.track
+    index, track = clip_index(clip, fps), clip.track
     return Performance(
         cameras=track.cameras[index], blink=track.blink[index].float(), head_pose=track.head_pose[index].float(), anchors=track.anchors[index].float()
     )

@@ -25,6 +25,7 @@ from talk3d.models.avatar import Avatar
 from talk3d.perception.listening import Heard, check_sound, count_frames, listen
 from talk3d.perception.speech import SAMPLE_RATE_HZ, SpeechEncoder, load_speech_of
 from talk3d.stages.acting import ActingConfig, Actor, read_performer
+from talk3d.stages.pasting import Film, one_of
 from talk3d.stages.viewpoints import CameraConfig, ViewLimit, Viewpoints, turned
 from talk3d.types import Camera, Driving, Progress, Rendering, Triplane, Waveform, silent
 
@@ -45,6 +46,10 @@ class AnimateConfig(CameraConfig, ActingConfig):
     background: str = "plate"
     """`plate`, what was behind the person in the training video; `blurred`, the same out of focus; white, grey, black, #rrggbb, an image, or
     `transparent`."""
+    paste_into: Path | None = None
+    """A clip of `talk3d track`: the head is put back into the film that it was made from, whose camera, head motion and blinks are followed."""
+    source: Path | None = None
+    """That film, if it is not where it was when it was tracked."""
     voice_activity: bool = True
     """Let the mouth rest where nobody speaks: in hum, noise, clicks and silence."""
     level_db: float | None = None
@@ -59,6 +64,8 @@ class AnimateConfig(CameraConfig, ActingConfig):
         """Refuse numbers that cannot work."""
         CameraConfig.__post_init__(self)
         ActingConfig.__post_init__(self)
+        if self.paste_into is not None and (self.camera != "tracked" or self.background != "plate" or self.performer is not None):
+            raise ConfigError("a head in a film has the film's camera, motion and background: leave --camera, --performer and --background out")
         if self.batch_size < 1:
             raise ConfigError(f"animate renders at least 1 frame at once, got {self.batch_size}: give a positive number")
 
@@ -94,7 +101,9 @@ def animate(
     config = config or AnimateConfig()
     chunks = _chunks(audio)
     encoder = load_speech_of(avatar.audio_source, device)
-    scene = Scene(avatar.to(device).eval(), config, cameras, encoder, device)
+    if cameras is not None and config.paste_into is not None:
+        raise ConfigError("a head in a film has the film's camera: leave cameras out, or do not paste")
+    scene = Scene(avatar.to(device).eval(), config, cameras, encoder, device, first)
     heard = listen(chunks, encoder, avatar.fps, level_db=config.level_db, voice_activity=config.voice_activity, first=first)
     return _frames(scene, _batches(heard, config.batch_size, first))
 
@@ -147,7 +156,7 @@ def write_animation(
 class Scene:
     """Renders any frames: who acts how, from where it is seen, and what is behind."""
 
-    def __init__(self, avatar: Avatar, config: AnimateConfig, cameras: Camera | None, encoder: SpeechEncoder, device: str) -> None:
+    def __init__(self, avatar: Avatar, config: AnimateConfig, cameras: Camera | None, encoder: SpeechEncoder, device: str, first: int = 0) -> None:
         """Prepare to render.
 
         Args:
@@ -156,13 +165,17 @@ class Scene:
             cameras: in place of the config's.
             encoder: what the avatar listens with.
             device: where to render.
+            first: the frame that will be asked for first; the others follow.
         """
         self.avatar, self.config, self.device = avatar, config, device
         own = avatar.performance
+        self.film = None if config.paste_into is None else Film(config.paste_into, config.source, avatar.fps, avatar.resolution)
+        self.shown = None if self.film is None else self.film.frames(first)
         performed, blink = (None, None) if config.performer is None else read_performer(config.performer, avatar.fps)
+        performed = self.film.performance if self.film else performed
         self.views = Viewpoints(config, avatar.fps, (performed or own).cameras, cameras)
         self.actor = Actor(config, own, avatar.fps, performed=performed, blink=blink, follows=self.views.follows)
-        self.limit = ViewLimit(own.cameras.to("cpu"), avatar.provenance) if config.view_limit else None
+        self.limit = ViewLimit(own.cameras.to("cpu"), avatar.provenance) if config.view_limit and not self.film else None
         self.rest = _silence(encoder, avatar.fps) if config.expression != 1 else None
         self.backdrop = None if config.background == "transparent" else _backdrop(config.background, avatar).to(device)
 
@@ -170,6 +183,9 @@ class Scene:
     def frames(self, heard: Heard) -> UInt8[np.ndarray, "b H W c"]:
         """Return pictures of these frames."""
         rendering = self.render(heard)
+        if self.film and self.shown:
+            numbers = heard[0].tolist()
+            return np.stack([self.film.put_back(next(self.shown), number, one_of(rendering, place)) for place, number in enumerate(numbers)])
         if self.backdrop is None:
             return _cut_out(rendering)
         return to_uint8(composite(rendering, self.backdrop[None]))
@@ -288,7 +304,8 @@ def _frames(scene: Scene, batches: Iterator[Heard]) -> Iterator[UInt8[np.ndarray
 
 def _key(avatar: Avatar, audio: Waveform | Path | str, config: AnimateConfig, cameras: Camera | None, device: str) -> str:
     """A fingerprint of everything that a film is made from."""
-    files = [path for path in (config.performer, config.camera_path, Path(config.background)) if path is not None and path.is_file()]
+    chosen = (config.performer, config.camera_path, Path(config.background), config.source)
+    files = [path for path in (*chosen, config.paste_into and config.paste_into / "track.safetensors") if path is not None and path.is_file()]
     digest = hashlib.sha256(json.dumps([__version__, device, asdict(config)], default=str).encode())
     parts = [*avatar.state_dict().values(), *([] if cameras is None else [cameras.to_label()])]
     for tensor in [*parts, *([audio.samples] if isinstance(audio, Waveform) else [])]:
