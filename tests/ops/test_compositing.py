@@ -38,7 +38,8 @@ def test_nothing_outside_the_matte_changes_and_inside_it_is_the_picture() -> Non
     film, picture = frame(), waves(SIDE, SIDE)
     window = soft_window(SIDE)
     result = paste(film, picture, window, CROP)
-    opacity = resample(torch.nn.functional.pad(window, (50, 50, 50, 50)), CROP + [[0, 0, 50], [0, 0, 50]], (90, 110))[0].numpy()
+    wider = CROP + np.array([[0.0, 0, 50], [0, 0, 50]])
+    opacity = resample(torch.nn.functional.pad(window, (50, 50, 50, 50)), wider, (90, 110))[0].numpy()
     assert np.array_equal(result[opacity < 1e-3], film[opacity < 1e-3]) and not np.array_equal(result, film)
     whole = opacity > 0.9999
     assert whole.sum() > 300

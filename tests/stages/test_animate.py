@@ -1,5 +1,6 @@
 import math
 import tracemalloc
+import wave
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -7,10 +8,11 @@ import av
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from talk3d.errors import ConfigError, MediaError
 from talk3d.io.media import VideoWriter, read_audio, scan_video
-from talk3d.ops.geometry import head_camera
+from talk3d.ops.geometry import head_camera, view_angles
 from talk3d.perception.listening import count_frames
 from talk3d.perception.speech import speech_features
 from talk3d.stages import animate as animating
@@ -138,6 +140,87 @@ def test_compositing_half_transparent_pictures() -> None:
     image = (2 * 0.25 * colour - 1).expand(1, 3, 2, 2)
     rendering = Rendering(image=image, alpha=alpha, raw=image, raw_alpha=alpha, features=image, depth=alpha)
     torch.testing.assert_close(composite(rendering, behind), torch.full((1, 3, 2, 2), 0.25 * 0.8 + 0.75 * 0.4))
+
+
+def write_sound(path: Path, samples: np.ndarray, rate_hz: int) -> Path:
+    """A wav file of 16 bits; values beyond ±1 are clipped."""
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(samples.shape[1])
+        file.setsampwidth(2)
+        file.setframerate(rate_hz)
+        file.writeframes((samples.clip(-1, 1) * 32767).astype("<i2").tobytes())
+    return path
+
+
+@pytest.mark.parametrize(("rate_hz", "channels", "gain"), [(8000, 1, 1.0), (96000, 1, 1.0), (44100, 2, 1.0), (16000, 1, 6.0)])
+def test_sound_of_any_rate_channels_and_loudness_is_heard_alike(make_avatar, tmp_path: Path, rate_hz: int, channels: int, gain: float) -> None:
+    heard = []
+    for rate, count, factor in ((16000, 1, 1.0), (rate_hz, channels, gain)):
+        avatar = make_avatar()
+        said = sound(2.0, rate).samples.numpy()[:, None].repeat(count, 1) * factor
+        assert len(list(animate(avatar, write_sound(tmp_path / "said.wav", said, rate)))) == 50
+        heard.append(avatar.driven.audio)
+    voiced = heard[0] > 0.0  # the bands that the tone fills; below, clipping and resampling leave their own traces
+    assert (heard[1] - heard[0])[voiced].abs().mean() < 0.1
+
+
+def test_silence_and_clicks_leave_the_mouth_at_rest(make_avatar, tmp_path: Path) -> None:
+    clicks = np.zeros((32000, 1))
+    clicks[[8000, 20000]] = 1.0
+    for name, samples in (("silence", np.zeros((32000, 1))), ("clicks", clicks)):
+        avatar = make_avatar()
+        list(animate(avatar, write_sound(tmp_path / f"{name}.wav", samples, 16000)))
+        assert (avatar.driven.audio == -1).all()
+
+
+def test_the_shortest_sounds(make_avatar, tmp_path: Path) -> None:
+    assert len(list(animate(make_avatar(), write_sound(tmp_path / "short.wav", np.full((1600, 1), 0.1), 16000)))) == 2
+    assert write_animation(make_avatar(side=32), write_sound(tmp_path / "one.wav", np.zeros((320, 1)), 16000), tmp_path / "one.mp4") == 1
+    with pytest.raises(MediaError, match=r"without a single sample|cannot be"):
+        animate(make_avatar(), write_sound(tmp_path / "empty.wav", np.zeros((0, 1)), 16000))
+
+
+@pytest.mark.parametrize("background", ["blurred", "#ff8000", "image"])
+def test_chosen_backgrounds(make_avatar, tmp_path: Path, background: str) -> None:
+    Image.new("RGB", (30, 20), (10, 200, 60)).save(tmp_path / "wall.png")
+    chosen = str(tmp_path / "wall.png") if background == "image" else background
+    frame = next(iter(animate(make_avatar(alpha=0.0), sound(0.1), config=AnimateConfig(background=chosen))))
+    expected = {"blurred": (191, 191, 191), "#ff8000": (255, 128, 0), "image": (10, 200, 60)}[background]
+    assert np.abs(frame.astype(int) - np.array(expected)).max() <= 1
+    for unfit in ("#12345", "#gg0000", "nowhere.png"):
+        with pytest.raises(ConfigError, match=r"colour|picture"):
+            animate(make_avatar(), sound(0.1), config=AnimateConfig(background=unfit))
+
+
+def test_a_transparent_background_is_straight_alpha(make_avatar, tmp_path: Path) -> None:
+    whole, half = (
+        next(iter(animate(make_avatar(alpha=alpha), sound(0.1), config=AnimateConfig(background="transparent")))).astype(int) for alpha in (1.0, 0.5)
+    )
+    assert whole.shape == (8, 8, 4) and (whole[..., 3] == 255).all() and np.abs(half[..., 3] - 128).max() <= 1
+    assert np.abs(whole[..., :3] - half[..., :3]).max() <= 1
+    with pytest.raises(MediaError, match="transparent"):
+        write_animation(make_avatar(side=32), sound(0.2), tmp_path / "a.mp4", AnimateConfig(background="transparent"))
+    assert write_animation(make_avatar(side=32), sound(0.2), tmp_path / "a.mov", AnimateConfig(background="transparent")) == 5
+
+
+def test_expression_goes_from_rest_beyond_what_was_learnt(tiny_avatar) -> None:
+    speech, quiet = sound(0.2), Waveform(samples=torch.zeros(3200), sample_rate_hz=16000)
+
+    def shown(said: Waveform, expression: float) -> np.ndarray:
+        config = AnimateConfig(camera="fixed", background="grey", expression=expression)
+        return np.stack(list(animate(tiny_avatar, said, config=config))).astype(int)
+
+    learnt, calm = shown(speech, 1.0), shown(quiet, 1.0)
+    assert np.abs(shown(speech, 0.0) - calm).max() <= 1
+    assert np.abs(shown(speech, 0.999) - learnt).max() <= 2
+    assert np.abs(shown(speech, 2.0) - calm).mean() > np.abs(learnt - calm).mean()
+
+
+def test_views_beyond_the_range_fade_unless_they_are_wanted(make_avatar) -> None:
+    for limited, low, high in ((True, 35.0, 40.0), (False, 59.9, 60.1)):
+        avatar = make_avatar()
+        list(animate(avatar, sound(0.1), config=AnimateConfig(camera="fixed", yaw_deg=60.0, head_motion=0.0, view_limit=limited)))
+        assert low <= math.degrees(float(view_angles(avatar.filmed[:1, :3, :3])[0, 0])) <= high
 
 
 def test_silence_works(make_avatar) -> None:

@@ -35,7 +35,9 @@ EXAMPLES = {
     "train": "talk3d train me.person.t3d me.clip -o me.t3d\n  talk3d train me.person.t3d me.clip -o quick.t3d --steps 500",
     "build": "talk3d build me.mp4 -o me.t3d\n  talk3d build me.mp4 -o me.t3d --train.steps 2000        (only training runs again)\n"
     "  talk3d build me.mp4 -o me.t3d --fresh                   (start over)",
-    "animate": "talk3d animate me.t3d speech.wav -o talking.mp4\n  talk3d animate me.t3d film.mp4 -o turning.mp4 --camera orbit",
+    "animate": "talk3d animate me.t3d speech.wav -o talking.mp4\n  talk3d animate me.t3d film.mp4 -o turning.mp4 --camera orbit\n"
+    "  talk3d animate me.t3d speech.wav -o whole.mp4 --paste-into me.build/clip\n  talk3d animate me.t3d hour.mp3 -o hour.mp4 --resume\n"
+    "  talk3d animate me.t3d speech.wav -o cut_out.mov --background transparent",
     "evaluate": "talk3d evaluate me.t3d me.clip -o report.json",
     "pretrain": "talk3d pretrain heads/ -o prior.t3d\n  talk3d pretrain photos.zip -o prior.t3d --mode adversarial --sheets sheets",
     "prior": "talk3d prior show builtin -o shown\n  talk3d prior show prior.t3d -o shown --seed 3 --mesh-format ply",

@@ -79,8 +79,9 @@ class Film:
         return paste(frame, match_colours(colour, source, shared, self.window), alpha * self.window, crop)
 
 
+PICTURES = ("image", "alpha", "raw", "raw_alpha", "features", "depth")
+
+
 def one_of(rendering: Rendering, number: int) -> Rendering:
     """One picture of a batch."""
-    return replace(
-        rendering, **{name: getattr(rendering, name)[number : number + 1] for name in ("image", "alpha", "raw", "raw_alpha", "features", "depth")}
-    )
+    return replace(rendering, **{name: getattr(rendering, name)[number : number + 1] for name in PICTURES})
