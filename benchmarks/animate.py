@@ -103,7 +103,7 @@ def parts_of(avatar: Avatar, baked: BakedAvatar, batch: int) -> dict[str, tuple[
     driving, camera = moments(avatar, 0, batch)
     person, conditioner = avatar.personalized, avatar.conditioner
     tokens = conditioner(driving)
-    coefficients = conditioner.coefficients(driving, tokens)
+    coefficients = conditioner.coefficients(driving, conditioner.mouth(tokens))
     planes = baked.deltaplane(tokens, coefficients)
     features, alpha, _ = baked.renderer(planes, camera)
     prefix = avatar.predictor.prepare(person.triplane)

@@ -1,18 +1,23 @@
 import math
 import tracemalloc
+import wave
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from talk3d.errors import ConfigError, MediaError
 from talk3d.io.media import VideoWriter, read_audio, scan_video
-from talk3d.ops.geometry import head_camera
+from talk3d.ops.geometry import head_camera, view_angles
+from talk3d.perception.listening import count_frames
 from talk3d.perception.speech import speech_features
 from talk3d.stages import animate as animating
-from talk3d.stages.animate import AnimateConfig, animate, composite, count_frames, ping_pong, write_animation
+from talk3d.stages.animate import AnimateConfig, animate, composite, write_animation
+from talk3d.stages.viewpoints import ping_pong
 from talk3d.types import AudioFeatures, Rendering, Waveform
 
 PERFORMED = 5
@@ -32,7 +37,7 @@ def test_ping_pong_shows_the_ends_once() -> None:
 @pytest.mark.parametrize(("duration_s", "expected"), [(1.0, 25), (0.1, 2), (0.001, 1), (2.03, 51)])
 def test_there_are_as_many_frames_as_fit_the_sound(make_avatar, duration_s: float, expected: int) -> None:
     frames = list(animate(make_avatar(), sound(duration_s)))
-    assert len(frames) == expected == count_frames(sound(duration_s), 25.0)
+    assert len(frames) == expected == count_frames(len(sound(duration_s).samples), 25.0)
     assert frames[0].shape == (8, 8, 3) and frames[0].dtype == np.uint8
 
 
@@ -48,7 +53,7 @@ def test_sound_longer_than_the_performance_goes_back_and_forth(make_avatar) -> N
 
 def test_a_fixed_camera_keeps_the_head_calm_but_lets_it_blink(make_avatar) -> None:
     avatar = make_avatar()
-    list(animate(avatar, sound(1.0), config=AnimateConfig(camera="fixed", yaw_deg=20.0, pitch_deg=-5.0)))
+    list(animate(avatar, sound(1.0), config=AnimateConfig(camera="fixed", yaw_deg=20.0, pitch_deg=-5.0, head_motion=0.0, blinks="performed")))
     expected = head_camera(torch.tensor([[math.radians(20), math.radians(-5), 0]])).cam2world.expand(25, 4, 4)
     torch.testing.assert_close(avatar.filmed, expected)
     torch.testing.assert_close(avatar.driven.head_pose, torch.full((25, 3), 2.0))
@@ -58,7 +63,7 @@ def test_a_fixed_camera_keeps_the_head_calm_but_lets_it_blink(make_avatar) -> No
 
 def test_the_orbit_swings_to_its_largest_angle_and_repeats(make_avatar) -> None:
     avatar = make_avatar()
-    list(animate(avatar, sound(3.0), config=AnimateConfig(camera="orbit", orbit_yaw_deg=25.0, orbit_period_s=0.8)))
+    list(animate(avatar, sound(3.0), config=AnimateConfig(camera="orbit", orbit_yaw_deg=25.0, orbit_period_s=0.8, head_motion=0.0)))
     centre = avatar.filmed[:, :3, 3]
     yaw = torch.atan2(centre[:, 0], centre[:, 2] - 0.2).rad2deg()
     assert yaw[0].item() == pytest.approx(0, abs=1e-3)
@@ -69,7 +74,7 @@ def test_the_orbit_swings_to_its_largest_angle_and_repeats(make_avatar) -> None:
 def test_given_cameras_go_back_and_forth(make_avatar) -> None:
     avatar = make_avatar()
     cameras = head_camera(torch.linspace(-0.3, 0.3, 3)[:, None] * torch.tensor([1.0, 0.0, 0.0]))
-    list(animate(avatar, sound(0.24), cameras))
+    list(animate(avatar, sound(0.24), cameras, AnimateConfig(head_motion=0.0)))
     torch.testing.assert_close(avatar.filmed, cameras.cam2world[[0, 1, 2, 1, 0, 1]])
     for unfit in (cameras[:0], cameras[0]):
         with pytest.raises(ConfigError, match="no camera"):
@@ -83,7 +88,7 @@ def test_the_batch_size_changes_no_frame(make_avatar) -> None:
 
 def test_long_sound_is_heard_in_pieces_as_if_it_were_whole(make_avatar) -> None:
     avatar, speech = make_avatar(), sound(64.0)
-    list(animate(avatar, speech, config=AnimateConfig(batch_size=32)))
+    list(animate(avatar, speech, config=AnimateConfig(batch_size=32, voice_activity=False)))
     whole = speech_features(speech, 1600, 25.0).around(torch.arange(1600))
     torch.testing.assert_close(avatar.driven.audio, whole, atol=1e-4, rtol=0)
 
@@ -104,7 +109,7 @@ def test_the_avatars_own_encoder_is_used(make_avatar, monkeypatch: pytest.Monkey
     list(animate(avatar, sound(62.0), config=AnimateConfig(batch_size=32)))
     whole = Ramp()(sound(62.0), 1550, 25.0).around(torch.arange(1550))
     assert torch.equal(avatar.driven.audio, whole)
-    assert asked[:3] == [(0, 754), (746, 1504), (1496, 1550)]
+    assert asked[:3] == [(0, 53), (46, 103), (96, 153)] and asked[-2] == (1496, 1550)
 
 
 def test_frames_are_a_stream(make_avatar) -> None:
@@ -135,6 +140,87 @@ def test_compositing_half_transparent_pictures() -> None:
     image = (2 * 0.25 * colour - 1).expand(1, 3, 2, 2)
     rendering = Rendering(image=image, alpha=alpha, raw=image, raw_alpha=alpha, features=image, depth=alpha)
     torch.testing.assert_close(composite(rendering, behind), torch.full((1, 3, 2, 2), 0.25 * 0.8 + 0.75 * 0.4))
+
+
+def write_sound(path: Path, samples: np.ndarray, rate_hz: int) -> Path:
+    """A wav file of 16 bits; values beyond ±1 are clipped."""
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(samples.shape[1])
+        file.setsampwidth(2)
+        file.setframerate(rate_hz)
+        file.writeframes((samples.clip(-1, 1) * 32767).astype("<i2").tobytes())
+    return path
+
+
+@pytest.mark.parametrize(("rate_hz", "channels", "gain"), [(8000, 1, 1.0), (96000, 1, 1.0), (44100, 2, 1.0), (16000, 1, 6.0)])
+def test_sound_of_any_rate_channels_and_loudness_is_heard_alike(make_avatar, tmp_path: Path, rate_hz: int, channels: int, gain: float) -> None:
+    heard = []
+    for rate, count, factor in ((16000, 1, 1.0), (rate_hz, channels, gain)):
+        avatar = make_avatar()
+        said = sound(2.0, rate).samples.numpy()[:, None].repeat(count, 1) * factor
+        assert len(list(animate(avatar, write_sound(tmp_path / "said.wav", said, rate)))) == 50
+        heard.append(avatar.driven.audio)
+    voiced = heard[0] > 0.0  # the bands that the tone fills; below, clipping and resampling leave their own traces
+    assert (heard[1] - heard[0])[voiced].abs().mean() < 0.1
+
+
+def test_silence_and_clicks_leave_the_mouth_at_rest(make_avatar, tmp_path: Path) -> None:
+    clicks = np.zeros((32000, 1))
+    clicks[[8000, 20000]] = 1.0
+    for name, samples in (("silence", np.zeros((32000, 1))), ("clicks", clicks)):
+        avatar = make_avatar()
+        list(animate(avatar, write_sound(tmp_path / f"{name}.wav", samples, 16000)))
+        assert (avatar.driven.audio == -1).all()
+
+
+def test_the_shortest_sounds(make_avatar, tmp_path: Path) -> None:
+    assert len(list(animate(make_avatar(), write_sound(tmp_path / "short.wav", np.full((1600, 1), 0.1), 16000)))) == 2
+    assert write_animation(make_avatar(side=32), write_sound(tmp_path / "one.wav", np.zeros((320, 1)), 16000), tmp_path / "one.mp4") == 1
+    with pytest.raises(MediaError, match=r"without a single sample|cannot be"):
+        animate(make_avatar(), write_sound(tmp_path / "empty.wav", np.zeros((0, 1)), 16000))
+
+
+@pytest.mark.parametrize("background", ["blurred", "#ff8000", "image"])
+def test_chosen_backgrounds(make_avatar, tmp_path: Path, background: str) -> None:
+    Image.new("RGB", (30, 20), (10, 200, 60)).save(tmp_path / "wall.png")
+    chosen = str(tmp_path / "wall.png") if background == "image" else background
+    frame = next(iter(animate(make_avatar(alpha=0.0), sound(0.1), config=AnimateConfig(background=chosen))))
+    expected = {"blurred": (191, 191, 191), "#ff8000": (255, 128, 0), "image": (10, 200, 60)}[background]
+    assert np.abs(frame.astype(int) - np.array(expected)).max() <= 1
+    for unfit in ("#12345", "#gg0000", "nowhere.png"):
+        with pytest.raises(ConfigError, match=r"colour|picture"):
+            animate(make_avatar(), sound(0.1), config=AnimateConfig(background=unfit))
+
+
+def test_a_transparent_background_is_straight_alpha(make_avatar, tmp_path: Path) -> None:
+    whole, half = (
+        next(iter(animate(make_avatar(alpha=alpha), sound(0.1), config=AnimateConfig(background="transparent")))).astype(int) for alpha in (1.0, 0.5)
+    )
+    assert whole.shape == (8, 8, 4) and (whole[..., 3] == 255).all() and np.abs(half[..., 3] - 128).max() <= 1
+    assert np.abs(whole[..., :3] - half[..., :3]).max() <= 1
+    with pytest.raises(MediaError, match="transparent"):
+        write_animation(make_avatar(side=32), sound(0.2), tmp_path / "a.mp4", AnimateConfig(background="transparent"))
+    assert write_animation(make_avatar(side=32), sound(0.2), tmp_path / "a.mov", AnimateConfig(background="transparent")) == 5
+
+
+def test_expression_goes_from_rest_beyond_what_was_learnt(tiny_avatar) -> None:
+    speech, quiet = sound(0.2), Waveform(samples=torch.zeros(3200), sample_rate_hz=16000)
+
+    def shown(said: Waveform, expression: float) -> np.ndarray:
+        config = AnimateConfig(camera="fixed", background="grey", expression=expression)
+        return np.stack(list(animate(tiny_avatar, said, config=config))).astype(int)
+
+    learnt, calm = shown(speech, 1.0), shown(quiet, 1.0)
+    assert np.abs(shown(speech, 0.0) - calm).max() <= 1
+    assert np.abs(shown(speech, 0.999) - learnt).max() <= 2
+    assert np.abs(shown(speech, 2.0) - calm).mean() > np.abs(learnt - calm).mean()
+
+
+def test_views_beyond_the_range_fade_unless_they_are_wanted(make_avatar) -> None:
+    for limited, low, high in ((True, 35.0, 40.0), (False, 59.9, 60.1)):
+        avatar = make_avatar()
+        list(animate(avatar, sound(0.1), config=AnimateConfig(camera="fixed", yaw_deg=60.0, head_motion=0.0, view_limit=limited)))
+        assert low <= math.degrees(float(view_angles(avatar.filmed[:1, :3, :3])[0, 0])) <= high
 
 
 def test_silence_works(make_avatar) -> None:
@@ -170,6 +256,75 @@ def test_a_written_video_has_all_frames_and_the_sound(make_avatar, tmp_path: Pat
     assert (scan.num_frames, scan.width_px, scan.height_px) == (30, 32, 32)
     assert read_audio(path).duration_s == pytest.approx(1.2, abs=0.07)
     assert [p.name for p in tmp_path.iterdir()] == ["talking.mp4"]
+
+
+def chunked(waveform: Waveform, *lengths: int) -> Iterator[Waveform]:
+    start = 0
+    while start < len(waveform.samples):
+        for length in lengths:
+            yield Waveform(samples=waveform.samples[start : start + length], sample_rate_hz=16000)
+            start += length
+
+
+@pytest.mark.parametrize("level_db", [None, -30.0])
+def test_the_frames_are_the_same_however_the_sound_is_cut(tiny_avatar, level_db: float | None) -> None:
+    config = AnimateConfig(level_db=level_db, camera="fixed", background="grey")
+    speech = sound(0.8)
+    whole = np.stack(list(animate(tiny_avatar, speech, config=config)))
+    assert len(whole) == 20
+    for lengths in ((1000,), (16000,), (7, 0, 12345)):
+        assert np.array_equal(np.stack(list(animate(tiny_avatar, chunked(speech, *lengths), config=config))), whole)
+
+
+def test_frames_can_begin_anywhere(make_avatar) -> None:
+    whole = np.stack(list(animate(make_avatar(), sound(5.0))))
+    for first in (4, 60, 124):
+        assert np.array_equal(np.stack(list(animate(make_avatar(), sound(5.0), first=first))), whole[first:])
+
+
+@pytest.mark.parametrize(("level_db", "ahead_s"), [(None, 13.2), (-30.0, 1.0)])
+def test_a_frame_comes_when_the_sound_ahead_is_there_and_not_later(make_avatar, level_db: float | None, ahead_s: float) -> None:
+    given = 0.0
+
+    def chunks() -> Iterator[Waveform]:
+        nonlocal given
+        for piece in chunked(sound(20.0), 800):
+            given += 0.05
+            yield piece
+
+    frames = animate(make_avatar(), chunks(), config=AnimateConfig(level_db=level_db))
+    next(frames)
+    assert given <= ahead_s
+    for number, _ in enumerate(frames, 1):
+        assert given <= number / 25 + ahead_s + 2.0
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("name", ["talking.mp4", "talking.mkv", "pictures"])
+def test_a_film_that_was_interrupted_and_gone_on_with_is_the_same(make_avatar, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(animating, "SEGMENT_FRAMES", 10)
+    write_animation(make_avatar(side=32), sound(2.4), tmp_path / f"whole_{name}")
+    path = tmp_path / name
+
+    def kill(stage: str, step: int, total: int, values: Mapping[str, float]) -> None:
+        if step == 33:
+            raise Killed
+
+    with pytest.raises(Killed):
+        write_animation(make_avatar(side=32), sound(2.4), path, progress=kill)
+    assert not path.exists() and (tmp_path / f"{name}.unfinished").is_dir()
+    with pytest.raises(ConfigError, match="other settings"):
+        write_animation(make_avatar(side=32), sound(2.3), path, resume=True)
+    heard: list[int] = []
+    assert write_animation(make_avatar(side=32), sound(2.4), path, resume=True, progress=lambda stage, step, of, values: heard.append(step)) == 60
+    assert heard[0] in (25, 34) and heard[-1] == 60
+    assert not (tmp_path / f"{name}.unfinished").exists()
+    for one in sorted(path.iterdir()) if path.is_dir() else [path]:
+        twin = tmp_path / f"whole_{name}" / one.name if path.is_dir() else tmp_path / f"whole_{name}"
+        assert one.read_bytes() == twin.read_bytes()
 
 
 def test_the_sound_of_a_file_keeps_its_quality(make_avatar, tmp_path: Path) -> None:

@@ -37,7 +37,9 @@ EXAMPLES = {
     "train": "talk3d train me.person.t3d me.clip -o me.t3d\n  talk3d train me.person.t3d me.clip -o quick.t3d --steps 500",
     "build": "talk3d build me.mp4 -o me.t3d\n  talk3d build me.mp4 -o me.t3d --train.steps 2000        (only training runs again)\n"
     "  talk3d build me.mp4 -o me.t3d --fresh                   (start over)",
-    "animate": "talk3d animate me.t3d speech.wav -o talking.mp4\n  talk3d animate me.t3d film.mp4 -o turning.mp4 --camera orbit",
+    "animate": "talk3d animate me.t3d speech.wav -o talking.mp4\n  talk3d animate me.t3d film.mp4 -o turning.mp4 --camera orbit\n"
+    "  talk3d animate me.t3d speech.wav -o whole.mp4 --paste-into me.build/clip\n  talk3d animate me.t3d hour.mp3 -o hour.mp4 --resume\n"
+    "  talk3d animate me.t3d speech.wav -o cut_out.mov --background transparent",
     "evaluate": "talk3d evaluate me.t3d me.clip -o report.html\n  talk3d evaluate me.t3d me.clip -o report.json --no-controls",
     "compare": "talk3d compare me.t3d quick.t3d other_system.mp4 --clip me.clip -o compared.html",
     "export": "talk3d export me.t3d --mesh head.glb\n  talk3d export me.t3d --onnx graphs",
@@ -110,6 +112,8 @@ def _run(name: str, arguments: list[str]) -> int:
 def _how_to_go_on(name: str) -> str:
     if name in ("build", "personalize", "train", "pretrain"):
         return "run the same command again to go on from the last checkpoint"
+    if name == "animate":
+        return "run the same command with --resume to go on"
     return "run the same command again to start over"
 
 

@@ -251,23 +251,33 @@ def _animate() -> Callable[..., None]:
     defaults = AnimateConfig()
 
     def command(
-        avatar: Input, audio: Input, /, out: Output, config: Annotated[AnimateConfig, arg(name="")] = defaults, device: Device = "auto"
+        avatar: Input,
+        audio: Input,
+        /,
+        out: Output,
+        config: Annotated[AnimateConfig, arg(name="")] = defaults,
+        device: Device = "auto",
+        resume: bool = False,
     ) -> None:
         """Let an avatar speak a recording.
 
+        The recording may be of any length, rate and number of channels: memory does not grow with it. There are as many frames as fit the sound, at
+        least one. Silence, hum and clicks leave the mouth at rest; clipped sound is taken as it is; a file without a sample is refused.
+
         Args:
             avatar: from `talk3d build` or `talk3d train`, or the word sample for the shipped one.
-            audio: wav, mp3, m4a, flac …, or a video whose sound is used; of any length.
-            out: the film, .mp4, .m4v, .mov or .mkv.
-            config: from where the avatar is seen.
+            audio: wav, mp3, m4a, flac …, or a video whose sound is used.
+            out: the film, .mp4, .m4v, .mov, .mkv or .webm; without an ending, a folder of PNG pictures.
+            config: from where the avatar is seen, before what, and what it does.
             device: where to render.
+            resume: go on with an interrupted film, which lies in OUT.unfinished; the result is the same as without the interruption.
         """
         if str(avatar) != "sample":
             check_input(avatar, "an avatar, made by `talk3d build`")
         check_input(audio, "a recording")
-        check_output(out, Path(avatar), audio)
+        check_output(out, Path(avatar), audio, folder_with=None if out.suffix else "000000.png")
         with Display() as display:
-            num_frames = write_animation(load_avatar(avatar), audio, out, config, device=resolve_device(device), progress=display)
+            num_frames = write_animation(load_avatar(avatar), audio, out, config, device=resolve_device(device), progress=display, resume=resume)
         print(f"{out}: {num_frames} frames")
 
     return command

@@ -1,33 +1,31 @@
-"""Video and sound in and out: constant-rate frames by time stamp, mono sound in step with them, and H.264 + AAC files.
+"""Video and sound in: constant-rate frames by time stamp, mono sound in step with them. Out is `io.writing`.
 
 Everything streams: memory does not grow with the length of a video. Knows nothing of faces or models.
 """
 
 import logging
-import os
-from collections.abc import Iterator
-from dataclasses import dataclass
-from fractions import Fraction
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import av
 import numpy as np
 import torch
 from av.error import FFmpegError
-from av.video.reformatter import ColorRange, Colorspace
+from av.video.reformatter import Colorspace
 from jaxtyping import Float, Int64, UInt8
 
 from talk3d.errors import MediaError
 from talk3d.io.timeline import constant_rate, find_cuts, find_duplicates, find_jumps, largest_since, retime
+from talk3d.io.writing import VideoWriter as VideoWriter
 from talk3d.types import Waveform
 
 logger = logging.getLogger(__name__)
 
 READ_ERRORS = (FFmpegError, OSError, ValueError)
-BT709 = 1
-"""FFmpeg's number for BT.709 primaries, transfer and matrix."""
+HELD = 32
+"""Pictures that are held while a video is read backwards."""
 UNTAGGED = 2
 """FFmpeg's number for a matrix that the file does not name."""
 
@@ -60,6 +58,8 @@ class VideoScan:
     """For each frame, how many times more it differs from the one before than its neighbours do; see `timeline.find_jumps`."""
     truncated: bool
     """The file ended before its own header said it would, or broke off with an error."""
+    times_s: Float[np.ndarray, " d"] = field(default_factory=lambda: np.zeros(0))
+    """Time stamps of the decoded pictures."""
 
     @property
     def num_frames(self) -> int:
@@ -134,6 +134,7 @@ def scan_video(path: str | Path, fps: float = 25.0) -> VideoScan:
         cuts=tuple(int(np.searchsorted(source_index, cut)) for cut in find_cuts(change) if cut <= source_index[-1]),
         jumps=largest_since(find_jumps(change), source_index),
         truncated=broken or len(stamps) < 0.9 * promised,
+        times_s=stamps,
     )
 
 
@@ -168,8 +169,66 @@ def read_video(path: str | Path, fps: float = 25.0, scan: VideoScan | None = Non
             raise MediaError(f"{path} changed while it was read ({error}): try again with a file that nothing else writes to") from error
 
 
+def read_frames(scan: VideoScan, order: Iterable[int]) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
+    """Yield upright RGB frames at the constant rate in any order; steps forward and back are cheap, and few frames are held at once.
+
+    Args:
+        scan: what `scan_video` found.
+        order: numbers of frames.
+
+    Raises:
+        MediaError: the file cannot be read any more.
+    """
+    held: dict[int, UInt8[np.ndarray, "h w 3"]] = {}
+    ahead: Iterator[tuple[int, UInt8[np.ndarray, "h w 3"]]] = iter(())
+    for wanted in (int(scan.source_index[number]) for number in order):
+        if wanted not in held and held and wanted < min(held):
+            ahead = _pictures_from(scan, max(wanted - HELD + 1, 0))
+            held = {}
+        elif wanted not in held and (not held or wanted > max(held) + 2 * HELD):
+            ahead, held = _pictures_from(scan, wanted), {}
+        while wanted not in held:
+            number, frame = next(ahead, (-1, None))
+            if frame is None:
+                raise MediaError(f"{scan.path} changed while it was read: try again with a file that nothing else writes to")
+            held[number] = frame
+            if len(held) > HELD:
+                del held[min(held)]
+        yield held[wanted]
+
+
+def _pictures_from(scan: VideoScan, first: int) -> Iterator[tuple[int, UInt8[np.ndarray, "h w 3"]]]:
+    """Pictures of a file from one of them on, with their numbers."""
+    upright = scan.rotation_deg % 180 == 0
+    size = (scan.width_px, scan.height_px) if upright else (scan.height_px, scan.width_px)
+    with _open_video(scan.path) as container:
+        stream = container.streams.video[0]
+        try:
+            if first and stream.time_base:
+                container.seek(int((scan.times_s[first] - 1e-4) / stream.time_base), stream=stream)
+            for picture in container.decode(stream):
+                number = int(np.abs(scan.times_s - (scan.times_s[0] if picture.time is None else picture.time)).argmin())
+                if number >= first:
+                    yield number, np.ascontiguousarray(np.rot90(_to_rgb(picture, size), scan.rotation_deg // 90))
+        except READ_ERRORS as error:
+            raise MediaError(f"{scan.path} changed while it was read ({error}): try again with a file that nothing else writes to") from error
+
+
 def read_audio(path: str | Path, sample_rate_hz: int = 16000) -> Waveform:
-    """Mono sound of an audio file, or of a video from its first picture on.
+    """Mono sound of an audio file, or of a video from its first picture on: all of `stream_audio` in one.
+
+    Args:
+        path: wav, mp3, m4a, flac, ogg or any video with a sound track.
+        sample_rate_hz: rate wanted.
+
+    Raises:
+        MediaError: no such file, no sound track, or an empty one.
+    """
+    return Waveform(samples=torch.cat([piece.samples for piece in stream_audio(path, sample_rate_hz)]), sample_rate_hz=sample_rate_hz)
+
+
+def stream_audio(path: str | Path, sample_rate_hz: int = 16000) -> Iterator[Waveform]:
+    """Yield the mono sound of a file piece by piece, of a video from its first picture on.
 
     Values that are no numbers become silence, channels are averaged, gaps in the time stamps are filled with silence.
 
@@ -182,122 +241,36 @@ def read_audio(path: str | Path, sample_rate_hz: int = 16000) -> Waveform:
     """
     path = Path(path)
     origin_s = _first_picture_s(path)
+    silenced, count = _Silenced(), 0
     with _open(path, "sound or video file") as container:
         if not container.streams.audio:
             raise MediaError(f"{path} has no sound track: give a file with sound, such as wav, mp3, m4a, flac or a video with speech")
         try:
-            silenced = _Silenced()
-            samples = np.concatenate([np.zeros(0, np.float32), *_decode_audio(container, sample_rate_hz, origin_s, silenced)])
+            for piece in _decode_audio(container, sample_rate_hz, origin_s, silenced):
+                count += piece.size
+                if piece.size:
+                    yield Waveform(samples=torch.from_numpy(np.clip(piece, -1, 1)), sample_rate_hz=sample_rate_hz)
         except READ_ERRORS as error:
             raise MediaError(f"the sound of {path} cannot be decoded ({error}): convert it to wav and give that") from error
-    if samples.size == 0:
+    if count == 0:
         raise MediaError(f"{path} has a sound track without a single sample: give a file that is not empty")
     if silenced.bad and silenced.bad == silenced.total:
         raise MediaError(f"not one of the {silenced.total} samples of {path} is a number: record or convert the sound again")
     if silenced.bad:
         logger.warning("%d of %d samples of the sound are not numbers and become silence", silenced.bad, silenced.total)
-    return Waveform(samples=torch.from_numpy(np.clip(samples, -1, 1)), sample_rate_hz=sample_rate_hz)
 
 
-class VideoWriter:
-    """Writes RGB frames and sound to an H.264 + AAC file that appears under its name only when it is whole.
+def sound_length_s(path: str | Path) -> float:
+    """How long the sound of a file is by its header, without decoding; 0 where the header does not say.
 
-    Use it in a `with` block and call `write` for every frame. If the block raises, nothing is left behind. Sound beyond the last frame is cut.
+    Raises:
+        MediaError: no such file, or none that can be read.
     """
-
-    def __init__(self, path: str | Path, width: int, height: int, *, fps: float = 25.0, audio: Waveform | None = None, crf: int = 16) -> None:
-        """Prepare to write.
-
-        Args:
-            path: ends in .mp4, .m4v, .mov or .mkv; an existing file is replaced.
-            width: of the frames, px; an odd one gets one repeated column.
-            height: of the frames, px; an odd one gets one repeated row.
-            fps: frames a second.
-            audio: sound that starts with the first frame.
-            crf: x264's constant rate factor, smaller is better.
-
-        Raises:
-            MediaError: the ending is not a video's, or nothing can be written there.
-        """
-        self.path = Path(path)
-        if self.path.suffix.lower() not in {".mp4", ".m4v", ".mov", ".mkv"}:
-            raise MediaError(f"cannot write a video to {self.path}: give a name that ends in .mp4, .m4v, .mov or .mkv")
-        self._partial = self.path.with_name(f".{self.path.stem}.{os.getpid()}.partial{self.path.suffix}")
-        self._audio, self._fps, self._num_frames, self._num_samples = audio, fps, 0, 0
-        try:
-            self._partial.touch()
-            self._container = av.open(str(self._partial), "w", options={"movflags": "+faststart"})
-        except (OSError, FFmpegError) as error:
-            raise MediaError(f"cannot write {self.path} ({error}): give a path in a folder that exists and that you may write to") from error
-        self._video = _add_video_stream(self._container, (width + width % 2, height + height % 2), fps, crf)
-        if audio is not None:
-            self._sound: Any = self._container.add_stream("aac", rate=audio.sample_rate_hz, layout="mono")
-            self._sound.bit_rate = 128_000
-
-    def __enter__(self) -> "VideoWriter":
-        """Return the writer."""
-        return self
-
-    def write(self, frame: UInt8[np.ndarray, "h w 3"]) -> None:
-        """Append one RGB frame.
-
-        Raises:
-            MediaError: the disk is full or the file cannot be written any more.
-        """
-        height, width = frame.shape[:2]
-        if height % 2 or width % 2:
-            frame = np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-        picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
-        picture = picture.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG)
-        picture.pts = self._num_frames
-        self._num_frames += 1
-        try:
-            self._container.mux(self._video.encode(picture))
-            self._write_audio_until(self._num_frames / self._fps)
-        except (OSError, FFmpegError) as error:
-            raise MediaError(f"cannot go on writing {self.path} ({error}): see that the disk has room") from error
-
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
-        """Finish the file and give it its name, or remove it if something went wrong."""
-        try:
-            if kind is None and self._num_frames:
-                self._container.mux(self._video.encode(None))
-                if self._audio is not None:
-                    self._container.mux(self._sound.encode(None))
-                self._container.close()
-                self._partial.replace(self.path)
-            else:
-                self._container.close()
-        except (OSError, FFmpegError) as error:
-            if kind is None:
-                raise MediaError(f"cannot finish {self.path} ({error}): see that the disk has room") from error
-        finally:
-            self._partial.unlink(missing_ok=True)
-
-    def _write_audio_until(self, end_s: float) -> None:
-        """Encode the sound up to this time, so that both streams grow side by side."""
-        if self._audio is None:
-            return
-        rate = self._audio.sample_rate_hz
-        end = min(round(end_s * rate), self._audio.samples.shape[0])
-        if end <= self._num_samples:
-            return
-        samples = self._audio.samples[self._num_samples : end].cpu().float().clamp(-1, 1).numpy()[None]
-        piece = av.AudioFrame.from_ndarray(np.ascontiguousarray(samples), format="fltp", layout="mono")
-        piece.sample_rate, piece.time_base, piece.pts = rate, Fraction(1, rate), self._num_samples
-        self._num_samples = end
-        self._container.mux(self._sound.encode(piece))
-
-
-def _add_video_stream(container: Any, size: tuple[int, int], fps: float, crf: int) -> Any:
-    """An H.264 stream of BT.709 colours in video range, so that players show what was rendered."""
-    options = {"crf": str(crf), "preset": "fast", "threads": "2"}
-    stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options=options)
-    stream.width, stream.height = size
-    stream.pix_fmt = "yuv420p"
-    context = stream.codec_context
-    context.colorspace, context.color_primaries, context.color_trc, context.color_range = BT709, BT709, BT709, int(ColorRange.MPEG)
-    return stream
+    with _open(Path(path), "sound or video file") as container:
+        streams = container.streams.audio
+        if streams and streams[0].duration is not None:
+            return float(streams[0].duration * streams[0].time_base)
+        return (container.duration or 0) / av.time_base
 
 
 def _open(path: Path, expected: str) -> Any:

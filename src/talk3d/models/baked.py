@@ -227,7 +227,7 @@ class BakedAvatar:
         *parts, cam2world, intrinsics = inputs
         driving = Driving(**dict(zip((field.name for field in fields(Driving)), parts, strict=True)))
         tokens = self.conditioner(driving)
-        planes = self.deltaplane(tokens, self.conditioner.coefficients(driving, tokens))
+        planes = self.deltaplane(tokens, self.conditioner.coefficients(driving, self.conditioner.mouth(tokens)))
         features, alpha, depth = self.renderer(planes, Camera(cam2world=cam2world, intrinsics=intrinsics))
         return (*self.superresolution(features, alpha), features, alpha, depth)
 

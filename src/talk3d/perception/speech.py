@@ -147,6 +147,10 @@ class LogMelSpeech:
 
     source = "logmel64"
 
+    def __init__(self, level_db: float | None = None) -> None:
+        """Choose the loudness of the speech, for live sound; see `speech_features`."""
+        self.level_db = level_db
+
     def __call__(self, waveform: Waveform, num_frames: int, fps: float, start: int = 0, stop: int | None = None) -> AudioFeatures:
         """See `SpeechEncoder`."""
         stop = num_frames if stop is None else stop
@@ -155,7 +159,7 @@ class LogMelSpeech:
         low, high = max(start - margin, 0) // second * second, min(stop + margin, num_frames)
         begin, end = (round(frame / fps * waveform.sample_rate_hz) for frame in (low, high))
         samples = waveform.samples[begin : end if high < num_frames else None]
-        features = speech_features(replace(waveform, samples=samples), high - low, fps)
+        features = speech_features(replace(waveform, samples=samples), high - low, fps, self.level_db)
         return replace(features, values=features.values[start - low : stop - low])
 
 

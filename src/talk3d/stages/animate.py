@@ -1,97 +1,111 @@
-"""Animate: sound in, frames of the talking avatar out, one small batch at a time, for as long as the sound lasts."""
+"""Animate: sound in, frames of the talking avatar out, one small batch at a time, for as long as the sound lasts.
 
-import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+Every frame is a function of its number, the settings and the sound round it: it does not matter how the sound was cut, or where a film went on.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, UInt8
+from PIL import Image, ImageFilter, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from talk3d import __version__
 from talk3d.errors import ConfigError, MediaError
-from talk3d.io.media import VideoWriter, read_audio
+from talk3d.io.catalogue import sha256_of
+from talk3d.io.media import sound_length_s, stream_audio
+from talk3d.io.writing import SEGMENT_FRAMES, FilmWriter, encoding_for
 from talk3d.models.avatar import Avatar
-from talk3d.ops.geometry import head_camera, orbit
+from talk3d.perception.listening import Heard, check_sound, count_frames, listen
 from talk3d.perception.speech import SAMPLE_RATE_HZ, SpeechEncoder, load_speech_of
-from talk3d.types import Camera, Driving, Progress, Rendering, Waveform, silent
+from talk3d.stages.acting import ActingConfig, Actor, read_performer
+from talk3d.stages.pasting import Film, one_of
+from talk3d.stages.viewpoints import CameraConfig, ViewLimit, Viewpoints, turned
+from talk3d.types import Camera, Driving, Progress, Rendering, Triplane, Waveform, silent
 
-CHUNK_S = 30
-"""Length of sound whose features are in memory at once."""
 SOUND_HZ = 44100
 """Sample rate of the sound in written videos."""
-NEIGHBOURS = 4
-"""Frames to either side that the audio encoder listens to as well."""
-Heard = tuple[Int[Tensor, " b"], Float[Tensor, "b n f w"]]
-"""Numbers of some frames, and the speech features of their surroundings."""
 LEVELS = {"white": 1.0, "grey": 0.5, "black": 0.0}
+BLUR = 0.03
+"""Standard deviation of the blurred background, in sides of the picture."""
+
+Sound = Waveform | Path | str | Iterable[Waveform]
+"""16 kHz mono, a file with sound, or 16 kHz mono that comes in chunks."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class AnimateConfig:
-    """From where the avatar is seen, and before what."""
+class AnimateConfig(CameraConfig, ActingConfig):
+    """From where the avatar is seen, before what, and what it does beside speaking."""
 
-    camera: Literal["tracked", "fixed", "orbit"] = "tracked"
-    """The camera of the training video, one that stands still, or one that swings from side to side."""
-    yaw_deg: float = 0.0
-    """Of the fixed camera; positive moves it to the head's left."""
-    pitch_deg: float = 0.0
-    """Of the fixed camera; positive moves it up."""
-    orbit_yaw_deg: float = 25.0
-    """Largest turn of the swinging camera to either side."""
-    orbit_pitch_deg: float = 8.0
-    """How far the swinging camera moves up and down altogether."""
-    orbit_period_s: float = 4.0
-    """Seconds until the swing repeats."""
-    background: Literal["plate", "white", "grey", "black"] = "plate"
-    """The background of the training video, or a colour."""
+    background: str = "plate"
+    """`plate`, what was behind the person in the training video; `blurred`, the same out of focus; white, grey, black, #rrggbb, an image, or
+    `transparent`."""
+    paste_into: Path | None = None
+    """A clip of `talk3d track`: the head is put back into the film that it was made from, whose camera, head motion and blinks are followed."""
+    source: Path | None = None
+    """That film, if it is not where it was when it was tracked."""
+    voice_activity: bool = True
+    """Let the mouth rest where nobody speaks: in hum, noise, clicks and silence."""
+    level_db: float | None = None
+    """Loudness of the speech's loudest bands (full scale 0; about -35 for ordinary speech) for live sound: frames come 0.9 s after their sound,
+    not 13 s."""
+    lossless: bool = False
+    """Write every pixel as it was rendered: H.264 of RGB, which few players show, in .mp4, .mov or .mkv."""
     batch_size: int = 4
     """Frames rendered at once; changes speed and memory, not the frames."""
 
     def __post_init__(self) -> None:
         """Refuse numbers that cannot work."""
-        if self.orbit_period_s <= 0 or self.batch_size < 1:
-            raise ConfigError(
-                f"animate needs a positive orbit period and batch size, got {self.orbit_period_s} s and {self.batch_size}: give positive numbers"
-            )
-        if not all(math.isfinite(angle) for angle in (self.yaw_deg, self.pitch_deg, self.orbit_yaw_deg, self.orbit_pitch_deg)):
-            raise ConfigError("the camera's angles must be finite numbers of degrees")
+        CameraConfig.__post_init__(self)
+        ActingConfig.__post_init__(self)
+        if self.paste_into is not None and (self.camera != "tracked" or self.background != "plate" or self.performer is not None):
+            raise ConfigError("a head in a film has the film's camera, motion and background: leave --camera, --performer and --background out")
+        if self.batch_size < 1:
+            raise ConfigError(f"animate renders at least 1 frame at once, got {self.batch_size}: give a positive number")
 
 
 def animate(
     avatar: Avatar,
-    audio: Waveform | Path | str,
+    audio: Sound,
     cameras: Camera | None = None,
     config: AnimateConfig | None = None,
     *,
     device: str = "cpu",
-) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
-    """Yield RGB frames of the avatar speaking, at the avatar's frame rate, as they are rendered.
+    first: int = 0,
+) -> Iterator[UInt8[np.ndarray, "h w c"]]:
+    """Yield RGB frames of the avatar speaking (RGBA where the background is transparent), at its frame rate, as soon as enough sound is there.
 
-    There are as many frames as fit the sound, at least one. Where the sound outlasts the training video, the person's performance (blinks,
-    and for the tracked camera its motion) goes back and forth. With any camera but the tracked one the head keeps its mean pose.
+    There are as many frames as fit the sound, at least one. Memory does not grow with the sound, and the frames are the same however it is cut.
+    With the builtin speech features, the sound is heard 13 s ahead, with `level_db` 0.9 s; with other ones, all of it is.
+    Where the sound outlasts the training video, the person's performance (for the tracked camera its motion and the blinks) goes back and forth.
 
     Args:
         avatar: who speaks; moved to `device`.
-        audio: what is said: 16 kHz mono, or a file with sound.
+        audio: what is said: 16 kHz mono, a file with sound, or an iterable of chunks of 16 kHz mono.
         cameras: one per frame, in place of the config's; goes back and forth if there are fewer.
-        config: from where the avatar is seen, and before what.
+        config: from where the avatar is seen, before what, and what it does.
         device: where to render.
+        first: begin with this frame.
 
     Raises:
         MediaError: the sound is empty, not finite, or cannot be read.
-        ConfigError: the sound's rate is not 16 kHz, the avatar listens to features that cannot be made here, or `cameras` is empty.
+        ConfigError: the sound's rate is not 16 kHz, the avatar listens to features that cannot be made here, or a setting cannot be used.
         WeightsError: the weights of the avatar's speech encoder are not there.
     """
     config = config or AnimateConfig()
-    waveform = audio if isinstance(audio, Waveform) else read_audio(audio)
-    _check_sound(waveform)
+    chunks = _chunks(audio)
     encoder = load_speech_of(avatar.audio_source, device)
-    if cameras is not None and (cameras.cam2world.ndim != 3 or not len(cameras)):
-        raise ConfigError(f"cameras has no camera per frame (cam2world {tuple(cameras.cam2world.shape)}): give (t, 4, 4), or leave it out")
-    return _frames(avatar.to(device).eval(), _speech(waveform, encoder, avatar.fps, config.batch_size), cameras, config, device)
+    if cameras is not None and config.paste_into is not None:
+        raise ConfigError("a head in a film has the film's camera: leave cameras out, or do not paste")
+    scene = Scene(avatar.to(device).eval(), config, cameras, encoder, device, first)
+    heard = listen(chunks, encoder, avatar.fps, level_db=config.level_db, voice_activity=config.voice_activity, first=first)
+    return _frames(scene, _batches(heard, config.batch_size, first))
 
 
 def write_animation(
@@ -103,43 +117,103 @@ def write_animation(
     cameras: Camera | None = None,
     device: str = "cpu",
     progress: Progress = silent,
+    resume: bool = False,
 ) -> int:
     """Write a video of the avatar speaking, with the sound, and return its number of frames; the file appears only when it is whole.
 
     Args:
         avatar: who speaks.
         audio: what is said: 16 kHz mono, or a file with sound, whose own quality is kept.
-        path: ends in .mp4, .m4v, .mov or .mkv.
-        config: from where the avatar is seen, and before what.
+        path: ends in .mp4, .m4v, .mov, .mkv or .webm; without an ending, a folder of PNG pictures without sound.
+        config: from where the avatar is seen, before what, and what it does.
         cameras: see `animate`.
         device: where to render.
         progress: hears every frame.
+        resume: go on with an interrupted film of the same avatar, sound and settings.
 
     Raises:
         MediaError: the sound cannot be used, or the file cannot be written.
-        ConfigError: see `animate`.
+        ConfigError: see `animate`; or there is an interrupted film that was made from something else.
     """
-    waveform = audio if isinstance(audio, Waveform) else read_audio(audio)
-    frames = animate(avatar, waveform, cameras, config, device=device)
-    sound = audio if isinstance(audio, Waveform) else read_audio(audio, SOUND_HZ)
-    total = count_frames(waveform, avatar.fps)
-    with VideoWriter(path, avatar.resolution, avatar.resolution, fps=avatar.fps, audio=sound) as writer:
-        for number, frame in enumerate(frames, 1):
-            writer.write(frame)
-            progress("animate", number, total, {})
-    return total
+    config, path = config or AnimateConfig(), Path(path)
+    transparent = config.background == "transparent"
+    encoding = encoding_for(path, transparent=transparent, lossless=config.lossless) if path.suffix else None
+    segment = -(-SEGMENT_FRAMES // config.batch_size) * config.batch_size  # so that batches are the same wherever a film is gone on with
+    key = _key(avatar, audio, config, cameras, device)
+    length = len(audio.samples) if isinstance(audio, Waveform) else round(sound_length_s(audio) * SAMPLE_RATE_HZ)
+    total = count_frames(length, avatar.fps) if length else 0
+    first_frames = animate(avatar, audio, cameras, config, device=device)  # refuses what is unfit before anything is written
+    with FilmWriter(path, fps=avatar.fps, encoding=encoding, key=key, segment_frames=segment, resume=resume) as film:
+        start = film.num_frames
+        frames = animate(avatar, audio, cameras, config, device=device, first=start) if start else first_frames
+        for frame in frames:
+            film.write(frame)
+            progress("animate", film.num_frames, max(total, film.num_frames) if total else 0, {})
+        film.finish(*(([audio], audio.sample_rate_hz) if isinstance(audio, Waveform) else (stream_audio(audio, SOUND_HZ), SOUND_HZ)))
+        return film.num_frames
 
 
-def count_frames(waveform: Waveform, fps: float) -> int:
-    """Return how many frames belong to a sound: its length rounded to whole frames, at least one."""
-    return max(1, round(waveform.duration_s * fps))
+class Scene:
+    """Renders any frames: who acts how, from where it is seen, and what is behind."""
 
+    def __init__(self, avatar: Avatar, config: AnimateConfig, cameras: Camera | None, encoder: SpeechEncoder, device: str, first: int = 0) -> None:
+        """Prepare to render.
 
-def ping_pong(frames: Int[Tensor, " b"], length: int) -> Int[Tensor, " b"]:
-    """Fold frame numbers into 0 … length - 1, back and forth, with the ends shown once: 0 1 2 1 0 1 2."""
-    period = max(2 * (length - 1), 1)
-    folded = frames % period
-    return torch.minimum(folded, period - folded) if length > 1 else torch.zeros_like(frames)
+        Args:
+            avatar: who speaks, on the device.
+            config: everything that can be chosen.
+            cameras: in place of the config's.
+            encoder: what the avatar listens with.
+            device: where to render.
+            first: the frame that will be asked for first; the others follow.
+        """
+        self.avatar, self.config, self.device = avatar, config, device
+        own = avatar.performance
+        self.film = None if config.paste_into is None else Film(config.paste_into, config.source, avatar.fps, avatar.resolution)
+        self.shown = None if self.film is None else self.film.frames(first)
+        performed, blink = (None, None) if config.performer is None else read_performer(config.performer, avatar.fps)
+        performed = self.film.performance if self.film else performed
+        self.views = Viewpoints(config, avatar.fps, (performed or own).cameras, cameras)
+        self.actor = Actor(config, own, avatar.fps, performed=performed, blink=blink, follows=self.views.follows)
+        self.limit = ViewLimit(own.cameras.to("cpu"), avatar.provenance) if config.view_limit and not self.film else None
+        self.rest = _silence(encoder, avatar.fps) if config.expression != 1 else None
+        self.backdrop = None if config.background == "transparent" else _backdrop(config.background, avatar).to(device)
+
+    @torch.no_grad()
+    def frames(self, heard: Heard) -> UInt8[np.ndarray, "b H W c"]:
+        """Return pictures of these frames."""
+        rendering = self.render(heard)
+        if self.film and self.shown:
+            numbers = heard[0].tolist()
+            return np.stack([self.film.put_back(next(self.shown), number, one_of(rendering, place)) for place, number in enumerate(numbers)])
+        if self.backdrop is None:
+            return _cut_out(rendering)
+        return to_uint8(composite(rendering, self.backdrop[None]))
+
+    def render(self, heard: Heard) -> Rendering:
+        """Render these frames; the only place where the model is called."""
+        frames, audio = heard
+        acts = self.actor.at(frames)
+        camera = self.views.at(frames)
+        if bool(acts.turn.any()):
+            camera = turned(camera, acts.turn)
+        camera = (self.limit(camera) if self.limit else camera).to(self.device)
+        driving = Driving(
+            audio=audio.to(self.device),
+            blink=acts.blink.to(self.device),
+            head_pose=acts.head_pose.to(self.device),
+            anchors=acts.anchors.to(self.device),
+        )
+        if self.rest is None:
+            return self.avatar.render(driving, camera)
+        return self._exaggerated(driving, camera, self.rest.to(self.device))
+
+    def _exaggerated(self, driving: Driving, camera: Camera, rest: Float[Tensor, "f w"]) -> Rendering:
+        """Render with the deltaplane as far from that of silence as the expression says."""
+        calm = Driving(audio=rest.expand_as(driving.audio), blink=driving.blink, head_pose=driving.head_pose, anchors=driving.anchors)
+        person = self.avatar.personalized
+        planes = torch.lerp(self.avatar.deltaplane(calm).planes, self.avatar.deltaplane(driving).planes, self.config.expression)
+        return person.render(person.triplane + Triplane(planes=planes, axes=person.triplane.axes), camera)
 
 
 def composite(rendering: Rendering, background: Float[Tensor, "#b 3 H W"]) -> Float[Tensor, "b 3 H W"]:
@@ -147,78 +221,95 @@ def composite(rendering: Rendering, background: Float[Tensor, "#b 3 H W"]) -> Fl
     return (0.5 * (rendering.image + 1) + (1 - rendering.alpha) * background).clamp(0, 1)
 
 
-def to_uint8(pictures: Float[Tensor, "b 3 h w"]) -> UInt8[np.ndarray, "b h w 3"]:
-    """Turn pictures in [0, 1] into RGB 0..255."""
-    return (255 * pictures + 0.5).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()  # b h w 3
+def to_uint8(pictures: Float[Tensor, "b c h w"]) -> UInt8[np.ndarray, "b h w c"]:
+    """Turn pictures in [0, 1] into 0..255."""
+    return (255 * pictures + 0.5).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()  # b h w c
 
 
-def _frames(
-    avatar: Avatar, speech: Iterator[Heard], cameras: Camera | None, config: AnimateConfig, device: str
-) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
-    stand = _Stand(avatar, cameras, config, device)
-    for frames, audio in speech:
-        with torch.no_grad():  # never held across a yield: the caller's own tensors are none of our business
-            pictures = stand.render(frames, audio.to(device))
-        yield from pictures
+def _cut_out(rendering: Rendering) -> UInt8[np.ndarray, "b h w 4"]:
+    """RGBA, straight: colours are not multiplied by the opacity."""
+    alpha = rendering.alpha.clamp(0, 1)
+    colour = 0.5 * (rendering.image + 1) / alpha.clamp_min(1e-3)
+    return to_uint8(torch.cat([colour.clamp(0, 1), alpha], 1))
 
 
-class _Stand:
-    """Where camera, tokens and background of any frame come from."""
-
-    def __init__(self, avatar: Avatar, cameras: Camera | None, config: AnimateConfig, device: str) -> None:
-        performance = avatar.performance
-        self.avatar, self.device = avatar, device
-        self.blink = performance.blink
-        self.head_pose, self.anchors = performance.head_pose, performance.anchors
-        if cameras is None and config.camera == "tracked":
-            self.cameras = performance.cameras
-        else:
-            self.cameras = cameras if cameras is not None else _path(config, avatar.fps)
-            self.head_pose, self.anchors = self.head_pose.mean(0, keepdim=True), self.anchors.mean(0, keepdim=True)
-        self.repeats = cameras is None and config.camera == "orbit"
-        side = avatar.resolution
-        plate = 0.5 * (avatar.background + 1) if config.background == "plate" else torch.full((3, side, side), LEVELS[config.background])
-        self.background = plate.to(device)
-
-    def render(self, frames: Int[Tensor, " b"], audio: Float[Tensor, "b n f c"]) -> UInt8[np.ndarray, "b h w 3"]:
-        """Render these frames."""
-        length = len(self.cameras)
-        index = frames % length if self.repeats else ping_pong(frames, length)
-        driving = Driving(
-            audio=audio, blink=self._at(self.blink, frames), head_pose=self._at(self.head_pose, frames), anchors=self._at(self.anchors, frames)
-        )
-        rendering = self.avatar.render(driving, self.cameras[index.to(self.cameras.cam2world.device)].to(self.device))
-        return to_uint8(composite(rendering, self.background[None]))
-
-    def _at(self, values: Float[Tensor, "t c"], frames: Int[Tensor, " b"]) -> Float[Tensor, "b c"]:
-        return values[ping_pong(frames, len(values)).to(values.device)].to(self.device)
+def _backdrop(background: str, avatar: Avatar) -> Float[Tensor, "3 h w"]:
+    """What is behind the person, in [0, 1]."""
+    side = avatar.resolution
+    if background in LEVELS:
+        return torch.full((3, side, side), LEVELS[background])
+    if background == "plate":
+        return 0.5 * (avatar.background + 1)
+    if background == "blurred":
+        plate = Image.fromarray(to_uint8(0.5 * (avatar.background[None] + 1))[0])
+        return _to_float(plate.filter(ImageFilter.GaussianBlur(BLUR * side)))
+    if background.startswith("#"):
+        try:
+            colour = torch.tensor([int(background[place : place + 2], 16) for place in (1, 3, 5)]) / 255
+        except ValueError:
+            colour = torch.zeros(0)
+        if len(background) != 7 or len(colour) != 3:
+            raise ConfigError(f"{background} is no colour: give six hexadecimal digits, such as #1e90ff")
+        return colour[:, None, None].expand(3, side, side).contiguous()
+    try:
+        picture = ImageOps.exif_transpose(Image.open(background)).convert("RGB")
+    except (OSError, UnidentifiedImageError) as error:
+        known = f"plate, blurred, {', '.join(LEVELS)}, transparent, #rrggbb or an image"
+        raise ConfigError(f"the background {background} is no picture that can be read: give {known}") from error
+    return _to_float(ImageOps.fit(picture, (side, side), Image.Resampling.LANCZOS))
 
 
-def _path(config: AnimateConfig, fps: float) -> Camera:
-    """One camera that stands still, or those of one swing."""
-    if config.camera == "fixed":
-        return head_camera(torch.tensor([[math.radians(config.yaw_deg), math.radians(config.pitch_deg), 0.0]]))
-    period = max(1, round(config.orbit_period_s * fps))
-    return orbit(period, yaw_deg=config.orbit_yaw_deg, pitch_deg=config.orbit_pitch_deg, period_frames=period)
+def _to_float(picture: Image.Image) -> Float[Tensor, "3 h w"]:
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255  # 3 h w
 
 
-def _check_sound(waveform: Waveform) -> None:
-    """Refuse sound that cannot drive an avatar."""
-    if not waveform.samples.numel():
-        raise MediaError("the sound is empty: give at least a fraction of a second of it")
-    if not bool(waveform.samples.isfinite().all()):
-        raise MediaError("the sound holds values that are not numbers: clean it, or give the file itself")
-    if waveform.sample_rate_hz != SAMPLE_RATE_HZ:
-        raise ConfigError(f"speech features need sound at {SAMPLE_RATE_HZ} Hz, got {waveform.sample_rate_hz}: read it with read_audio(path)")
+def _silence(encoder: SpeechEncoder, fps: float) -> Float[Tensor, "f w"]:
+    """What the avatar hears when nobody speaks."""
+    sound = Waveform(samples=torch.zeros(2 * SAMPLE_RATE_HZ), sample_rate_hz=SAMPLE_RATE_HZ)
+    total = count_frames(len(sound.samples), fps)
+    return encoder(sound, total, fps, total // 2, total // 2 + 1).values[0]
 
 
-def _speech(waveform: Waveform, encoder: SpeechEncoder, fps: float, batch_size: int) -> Iterator[Heard]:
-    """Yield frame numbers and their speech features, computed piece by piece."""
-    total, chunk = count_frames(waveform, fps), CHUNK_S * max(1, round(fps))
-    for start in range(0, total, chunk):
-        stop = min(start + chunk, total)
-        low, high = max(start - NEIGHBOURS, 0), min(stop + NEIGHBOURS, total)
-        features = encoder(waveform, total, fps, low, high)
-        for first in range(start, stop, batch_size):
-            frames = torch.arange(first, min(first + batch_size, stop))
-            yield frames, features.around(frames - low)
+def _chunks(audio: Sound) -> Iterator[Waveform]:
+    """The sound in chunks; what is given whole is looked at now, so that it is refused before anything else is done."""
+    if isinstance(audio, Waveform):
+        check_sound(audio)
+        if not audio.samples.numel():
+            raise MediaError("the sound is empty: give at least a fraction of a second of it")
+        return iter([audio])
+    if not isinstance(audio, Path | str):
+        return iter(audio)
+    pieces = stream_audio(audio)
+    return chain([next(pieces)], pieces)
+
+
+def _batches(heard: Iterator[Heard], size: int, first: int) -> Iterator[Heard]:
+    """Cut blocks into batches whose first frames are multiples of `size`, from frame `first` on."""
+    frames, windows = torch.zeros(0, dtype=torch.long), None
+    for more, audio in heard:
+        frames, windows = torch.cat([frames, more]), audio if windows is None else torch.cat([windows, audio])
+        skipped = int((frames < first).sum())
+        frames, windows = frames[skipped:], windows[skipped:]
+        while len(frames) >= size:
+            yield frames[:size], windows[:size]
+            frames, windows = frames[size:], windows[size:]
+    if windows is not None and len(frames):
+        yield frames, windows
+
+
+def _frames(scene: Scene, batches: Iterator[Heard]) -> Iterator[UInt8[np.ndarray, "h w c"]]:
+    for batch in batches:
+        yield from scene.frames(batch)  # gradients are off in there only: the caller's own tensors are none of our business
+
+
+def _key(avatar: Avatar, audio: Waveform | Path | str, config: AnimateConfig, cameras: Camera | None, device: str) -> str:
+    """A fingerprint of everything that a film is made from."""
+    chosen = (config.performer, config.camera_path, Path(config.background), config.source)
+    files = [path for path in (*chosen, config.paste_into and config.paste_into / "track.safetensors") if path is not None and path.is_file()]
+    digest = hashlib.sha256(json.dumps([__version__, device, asdict(config)], default=str).encode())
+    parts = [*avatar.state_dict().values(), *([] if cameras is None else [cameras.to_label()])]
+    for tensor in [*parts, *([audio.samples] if isinstance(audio, Waveform) else [])]:
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    for path in [*files, *([] if isinstance(audio, Waveform) else [Path(audio)])]:
+        digest.update(sha256_of(path).encode())
+    return digest.hexdigest()

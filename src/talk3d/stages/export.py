@@ -40,7 +40,7 @@ class _Talker(nn.Module):
     ) -> Float[Tensor, "1 3 c s s"]:
         driving = Driving(audio=audio, blink=blink, head_pose=head_pose, anchors=anchors)
         tokens = self.conditioner(driving)
-        return torch.stack(self.deltaplane(tokens, self.conditioner.coefficients(driving, tokens)), 1)
+        return torch.stack(self.deltaplane(tokens, self.conditioner.coefficients(driving, self.conditioner.mouth(tokens))), 1)
 
 
 class _Renderer(nn.Module):

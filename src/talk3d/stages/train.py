@@ -22,6 +22,7 @@ from talk3d.models.deltaplane import DeltaplaneConfig
 from talk3d.models.renderer import RendererConfig
 from talk3d.stages.lesson import Lesson, LessonConfig
 from talk3d.stages.personalize import face_emphasis
+from talk3d.stages.viewpoints import trained_views
 from talk3d.training.loop import Best, Loop
 from talk3d.training.losses import MouthShapes, premultiply
 from talk3d.types import Clip, Driving, Progress, silent
@@ -171,7 +172,13 @@ def _new_avatar(person: PersonalizedGenerator, clip: Clip, config: TrainConfig, 
     performance = Performance(
         cameras=track.cameras[used], blink=track.blink[used].float(), head_pose=track.head_pose[used].float(), anchors=track.anchors[used].float()
     )
-    provenance = {"source_sha256": clip.source_sha256, "frames": clip.num_training_frames, "seed": seed, "train": dataclasses.asdict(config)}
+    provenance = {
+        "source_sha256": clip.source_sha256,
+        "frames": clip.num_training_frames,
+        "seed": seed,
+        "train": dataclasses.asdict(config),
+        "views": trained_views(track.cameras[used]),
+    }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         avatar = Avatar(

@@ -1,0 +1,89 @@
+import numpy as np
+import pytest
+import torch
+
+from talk3d.ops.compositing import inverse, match_colours, membrane, paste, resample, soft_window
+
+CROP = np.array([[0.8, 0.1, -20.0], [-0.1, 0.8, -8.0]])
+SIDE = 48
+
+
+def waves(height: int, width: int) -> torch.Tensor:
+    rows, columns = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
+    return torch.stack([0.5 + 0.3 * torch.sin(rows / 9), 0.5 + 0.3 * torch.cos(columns / 11), 0.5 + 0.2 * torch.sin((rows + columns) / 13)])
+
+
+def test_resampling_hits_pixel_centres() -> None:
+    picture = waves(40, 60)
+    assert torch.allclose(resample(picture, np.eye(2, 3), (40, 60)), picture, atol=1e-6)
+    shifted = np.array([[1.0, 0, 7], [0, 1, 3]])
+    assert torch.allclose(resample(picture, shifted, (20, 30)), picture[:, 3:23, 7:37], atol=1e-5)
+    half = resample(picture, np.array([[2.0, 0, 0], [0, 2, 0]]), (20, 30))
+    assert torch.allclose(half, torch.nn.functional.avg_pool2d(picture, 2), atol=1e-5)
+
+
+def test_there_and_back_is_the_same_place() -> None:
+    picture = waves(96, 96)
+    there = resample(picture, inverse(CROP), (96, 96))
+    back = resample(there, CROP, (96, 96))[:, 40:70, 40:70]
+    assert (back - picture[:, 40:70, 40:70]).abs().max() < 0.01
+    np.testing.assert_allclose(inverse(inverse(CROP)), CROP, atol=1e-12)
+
+
+def frame() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (90, 110, 3), np.uint8)
+
+
+def test_nothing_outside_the_matte_changes_and_inside_it_is_the_picture() -> None:
+    film, picture = frame(), waves(SIDE, SIDE)
+    window = soft_window(SIDE)
+    result = paste(film, picture, window, CROP)
+    wider = CROP + np.array([[0.0, 0, 50], [0, 0, 50]])
+    opacity = resample(torch.nn.functional.pad(window, (50, 50, 50, 50)), wider, (90, 110))[0].numpy()
+    assert np.array_equal(result[opacity < 1e-3], film[opacity < 1e-3]) and not np.array_equal(result, film)
+    whole = opacity > 0.9999
+    assert whole.sum() > 300
+    expected = 255 * resample(picture, CROP, (90, 110)).permute(1, 2, 0).numpy()
+    assert np.abs(result[whole] - expected[whole]).max() <= 0.51
+    assert np.array_equal(paste(film, picture, torch.zeros(1, SIDE, SIDE), CROP), film)
+
+
+def test_a_picture_beyond_the_frame_is_cut_off() -> None:
+    film = frame()
+    outside = np.array([[1.0, 0, 500], [0, 1, 500]])
+    assert np.array_equal(paste(film, waves(SIDE, SIDE), soft_window(SIDE), outside), film)
+    corner = np.array([[1.0, 0, 20], [0, 1, 20]])
+    result = paste(film, waves(SIDE, SIDE), soft_window(SIDE), corner)
+    assert np.array_equal(result[28:], film[28:]) and not np.array_equal(result[:20, :20], film[:20, :20])
+
+
+def test_the_window_is_one_inside_zero_at_the_edge_and_smooth() -> None:
+    window = soft_window(200)[0]
+    assert window[100, 100] == 1 and not window[0].any() and not window[:, -1].any()
+    assert float(window.diff(dim=0).abs().max()) < 0.15
+
+
+def test_a_membrane_of_one_value_is_flat_and_one_between_two_runs_across() -> None:
+    weight = torch.zeros(1, 1, 32, 32)
+    weight[..., :2], weight[..., -2:] = 1, 1
+    assert torch.allclose(membrane(0.3 * weight, weight), torch.full((1, 1, 32, 32), 0.3), atol=1e-5)
+    value = weight.clone()
+    value[..., :2] = 0
+    across = membrane(value, weight)[0, 0]
+    assert across[:, 0].abs().max() < 1e-5 and (across[:, -1] - 1).abs().max() < 1e-5
+    assert (across.mean(0).diff() > -0.02).all()
+
+
+def test_colours_meet_at_the_seam() -> None:
+    source, window = waves(SIDE, SIDE), soft_window(SIDE)
+    shared = torch.ones(1, SIDE, SIDE)
+    matched = match_colours(source + 0.08, source, shared, window)
+    assert (matched - source).abs().max() < 1e-3
+    seam = (window[0] > 0) & (window[0] < 0.99)
+    marked = source.clone()
+    marked[:, 20:28, 20:28] += 0.2  # what is new in the middle stays
+    matched = match_colours((marked - 0.06).clamp(0, 1), source, shared, window)
+    assert (matched - source)[:, seam].abs().max() < 0.01 and (matched - marked)[:, 20:28, 20:28].abs().max() < 0.03
+    assert torch.equal(match_colours(marked, source, torch.zeros(1, SIDE, SIDE), window), marked)
+    far = match_colours(source * 0, source * 0 + 1, shared, window)
+    assert float(far.max()) == pytest.approx(0.15)
