@@ -51,7 +51,12 @@ def test_a_constant_nod_is_found_and_taken_back():
 
 def test_a_head_that_never_turns_is_placed_like_the_mean():
     template, truth, _ = moving()
-    still = replace(truth, rotation=truth.rotation[:1].expand(30, 3, 3).clone(), translation=truth.translation[:1].expand(30, 3).clone())
+    still = replace(
+        truth,
+        rotation=truth.rotation[:1].expand(30, 3, 3).clone(),
+        translation=truth.translation[:1].expand(30, 3).clone(),
+        residual_px=torch.zeros(30),
+    )
     seen = still.project(template.points.double(), (256, 256))
     settled = settle_head_space(replace(still, shape=template.points[list(RIGID_POINTS)].double()), seen, template, SIZE)
     torch.testing.assert_close(settled.rotation, still.rotation, atol=0.01, rtol=0)

@@ -36,7 +36,7 @@ UNSEEN = 0.1
 def settle_head_space(
     motion: HeadMotion, landmarks: Float[Tensor, "t p 2"], template: FaceTemplate, image_size: tuple[int, int], num_rounds: int = 5
 ) -> HeadMotion:
-    """Move head space, by one similarity for the whole clip, to where it lies in other people's heads.
+    """Turn and shift head space, once for the whole clip, to where it lies in other people's heads.
 
     Args:
         motion: right but for a constant, as `alignment.refine_motion` leaves it.
@@ -56,9 +56,10 @@ def settle_head_space(
     for _ in range(num_rounds):
         shape, information = _triangulate(motion, few, observed, angle, lag)
         placed, way = place_shape(shape, mean, people, information)
-        scale, turn, shift = fit_similarity(shape, placed)
+        _, turn, _ = fit_similarity(shape, placed)  # parallax says nothing of size, which stays
+        placed = (shape - shape.mean(0)) @ turn.mT + placed.mean(0)
         rotation = motion.rotation @ turn.mT
-        translation = scale * motion.translation - rotation @ shift
+        translation = motion.translation - rotation @ (placed.mean(0) - turn @ shape.mean(0))
         nearer = CAMERA_RADIUS / (rotation @ pivot + translation).norm(dim=-1).mean()
         motion = replace(motion, rotation=rotation, translation=translation * nearer, focal_px=motion.focal_px * float(nearer), shape=placed)
     return replace(motion, face=template.points.double() + template.people.double() @ way)
