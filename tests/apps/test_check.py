@@ -10,9 +10,10 @@ from xml.etree import ElementTree
 import pytest
 from rich.console import Console
 
-from talk3d.apps.check import page, plot, print_report, refusal, reviewer, write_report
+from talk3d.apps.check import page, plot, print_report, refusal, refuse_other_clip, reviewer, write_report
 from talk3d.apps.cli import main
-from talk3d.errors import MediaError, TrackingError
+from talk3d.errors import ConfigError, MediaError, TrackingError
+from talk3d.io.catalogue import sha256_of
 
 LINES = [
     {"what": "frame rate", "found": "25 pictures a second", "judgement": "ok", "advice": ""},
@@ -92,3 +93,16 @@ def test_a_report_is_a_page_or_json(tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_a_refusal_names_the_film_once():
     nosound = {"what": "sound", "found": "film.mp4 has no sound track", "judgement": "refuse", "advice": "give another"}
     assert refusal(Path("film.mp4"), report(nosound)) == "film.mp4 has no sound track: give another"
+
+
+def test_a_clip_of_another_video_is_not_replaced(tmp_path: Path):
+    video, clip = tmp_path / "film.mp4", tmp_path / "clip"
+    video.write_bytes(b"one")
+    refuse_other_clip(clip, video)
+    clip.mkdir()
+    facts = {"source": "old.mp4", "source_sha256": sha256_of(video)}
+    (clip / "clip.json").write_text(json.dumps(facts))
+    refuse_other_clip(clip, video)
+    video.write_bytes(b"two")
+    with pytest.raises(ConfigError, match=r"clip of another video, old\.mp4: give another -o"):
+        refuse_other_clip(clip, video)

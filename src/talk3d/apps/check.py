@@ -13,6 +13,7 @@ from tyro.conf import arg
 from talk3d.apps.commands import Input, ModelFile, Output, check_input, check_output
 from talk3d.apps.terminal import Display, duration, note_findings
 from talk3d.errors import ConfigError, MediaError, TrackingError
+from talk3d.io.catalogue import sha256_of
 from talk3d.metrics.page import STYLE, plot
 from talk3d.stages.check import CheckConfig, check
 from talk3d.stages.track import TrackConfig, track
@@ -141,6 +142,24 @@ def check_command(
         raise TrackingError(refused)
 
 
+def refuse_other_clip(folder: Path, video: Path) -> None:
+    """Do not replace a clip of another video.
+
+    Args:
+        folder: where the new clip will go.
+        video: of which it will be.
+
+    Raises:
+        ConfigError: a clip of another video is there.
+    """
+    try:
+        facts = json.loads((folder / "clip.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return  # nothing there, or nothing that could be used
+    if isinstance(facts, dict) and facts.get("source_sha256") not in (None, sha256_of(video)):
+        raise ConfigError(f"{folder} holds a clip of another video, {facts.get('source')}: give another -o, or remove it first")
+
+
 def track_command(
     video: Input, /, out: Output, config: Annotated[TrackConfig, arg(name="")] = TRACK_DEFAULTS, face_model: ModelFile = None, yes: bool = False
 ) -> None:
@@ -155,6 +174,7 @@ def track_command(
     """
     check_input(video, "a video")
     check_output(out, video, folder_with="clip.json")
+    refuse_other_clip(out, video)
     with Display() as display:
         clip = track(video, config, face_model=face_model, progress=display, review=reviewer(video, yes=yes))
         clip.save(out)

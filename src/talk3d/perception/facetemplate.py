@@ -176,7 +176,11 @@ def fit_people(
 
 
 def place_shape(
-    shape: Float[Tensor, "k 3"], mean: Float[Tensor, "k 3"], people: Float[Tensor, "k 3 q"], own: float = OWN_SHAPE, num_steps: int = 8
+    shape: Float[Tensor, "k 3"],
+    mean: Float[Tensor, "k 3"],
+    people: Float[Tensor, "k 3 q"],
+    information: Float[Tensor, "k 3 3"] | None = None,
+    num_steps: int = 8,
 ) -> tuple[Float[Tensor, "k 3"], Float[Tensor, " q"]]:
     """Lay a person's points, known up to a similarity, where such a person's points lie in head space; also how such people differ from the mean.
 
@@ -184,22 +188,26 @@ def place_shape(
         shape: the person's points.
         mean: of all people.
         people: how people differ, one standard deviation; how faces slant, sit and are large in head space is part of it.
-        own: what these ways leave unsaid, scene units.
+        information: inverse covariance of each of `shape`'s points, 1 / scene units squared; by default only `OWN_SHAPE` is in doubt.
         num_steps: Gauss-Newton steps.
     """
     scale, turn, shift = fit_similarity(shape, mean)
     placed = scale * shape @ turn.mT + shift
+    each = torch.eye(3).to(shape).expand(len(shape), 3, 3)
+    known = each / OWN_SHAPE**2 if information is None else information
     found = torch.zeros(7 + people.shape[-1]).to(shape)
     prior = torch.diag(torch.cat([torch.zeros(7), torch.ones(people.shape[-1])]).to(shape))
     for _ in range(num_steps):
         middle = placed.mean(0)
         spun = cross_matrix(placed - middle)  # turning by w moves a point by -cross @ w
-        moves = torch.cat([(placed - middle)[..., None], -spun, torch.eye(3).to(shape).expand(len(shape), 3, 3), -people], -1)  # k 3 7+q
-        flat = moves.flatten(0, 1) / own
+        moves = torch.cat([(placed - middle)[..., None], -spun, each, -people], -1)  # k 3 7+q
+        weighted = moves.mT @ (turn @ known @ turn.mT)
         # at the solution, moved points equal mean + people c
-        target = (mean - placed).flatten() / own
-        found = torch.linalg.solve(flat.mT @ flat + prior, flat.mT @ target)
-        placed = (placed - middle) @ rotation_from_vector(found[1:4]).mT * found[0].exp() + middle + found[4:7]
+        gradient = (weighted @ (mean - placed)[..., None]).sum(0)[:, 0]
+        found = torch.linalg.solve((weighted @ moves).sum(0) + prior, gradient)
+        step = rotation_from_vector(found[1:4])
+        turn = step @ turn
+        placed = (placed - middle) @ step.mT * found[0].exp() + middle + found[4:7]
     return placed, found[7:]
 
 

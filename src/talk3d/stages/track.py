@@ -27,6 +27,7 @@ from talk3d.ops.geometry import CAMERA_FOCAL, HEAD_PIVOT, view_angles
 from talk3d.perception.alignment import FaceViews, refine_motion
 from talk3d.perception.facetemplate import FaceTemplate, load_template
 from talk3d.perception.headpose import HeadMotion, solve_head_pose
+from talk3d.perception.headspace import settle_head_space
 from talk3d.perception.landmarks import (
     EYELID_PAIRS,
     LEFT_EYE_CORNERS,
@@ -176,7 +177,7 @@ def _find_motion(
         pictures = faces.start + torch.nonzero(faces.seen)[:, 0]
 
         def refine(motion: HeadMotion) -> HeadMotion:
-            return refine_motion(motion, views, pictures, size)
+            return settle_head_space(refine_motion(motion, views, pictures, size), faces.landmarks[faces.seen], head, size)
 
         return faces, cuts, solve_head_pose(faces.landmarks, head, size, faces.seen, cuts, config.fps, refine)
 
