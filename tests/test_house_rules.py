@@ -15,7 +15,7 @@ PACKAGE = ROOT / "src" / "talk3d"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 MODULES = [path for path in SOURCES if path.name != "__init__.py"]
 
-MAX_MODULES = 90
+MAX_MODULES = 95
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
 MAX_PARAMETERS = 8
