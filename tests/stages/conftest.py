@@ -47,6 +47,9 @@ class KnownAvatar(Avatar):
         self.training = mode
         return self
 
+    def bake(self) -> "KnownAvatar":
+        return self
+
     def render(self, driving: Driving, camera: Camera) -> Rendering:
         self.seen.append((driving, camera))
         yaw = torch.atan2(camera.cam2world[:, 0, 3], camera.cam2world[:, 2, 3])

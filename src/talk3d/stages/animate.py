@@ -5,7 +5,9 @@ Every frame is a function of its number, the settings and the sound round it: it
 
 import hashlib
 import json
+from collections import deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
@@ -57,8 +59,8 @@ class AnimateConfig(CameraConfig, ActingConfig):
     not 13 s."""
     lossless: bool = False
     """Write every pixel as it was rendered: H.264 of RGB, which few players show, in .mp4, .mov or .mkv."""
-    batch_size: int = 4
-    """Frames rendered at once; changes speed and memory, not the frames."""
+    batch_size: int | None = None
+    """Frames in one pass of the model; None takes 1 on a CPU, whose cores take a frame each, and 4 on a GPU. It changes speed, not the frames."""
 
     def __post_init__(self) -> None:
         """Refuse numbers that cannot work."""
@@ -66,7 +68,7 @@ class AnimateConfig(CameraConfig, ActingConfig):
         ActingConfig.__post_init__(self)
         if self.paste_into is not None and (self.camera != "tracked" or self.background != "plate" or self.performer is not None):
             raise ConfigError("a head in a film has the film's camera, motion and background: leave --camera, --performer and --background out")
-        if self.batch_size < 1:
+        if self.batch_size is not None and self.batch_size < 1:
             raise ConfigError(f"animate renders at least 1 frame at once, got {self.batch_size}: give a positive number")
 
 
@@ -105,7 +107,12 @@ def animate(
         raise ConfigError("a head in a film has the film's camera: leave cameras out, or do not paste")
     scene = Scene(avatar.to(device).eval(), config, cameras, encoder, device, first)
     heard = listen(chunks, encoder, avatar.fps, level_db=config.level_db, voice_activity=config.voice_activity, first=first)
-    return _frames(scene, _batches(heard, config.batch_size, first))
+    return _frames(scene, _batches(heard, batch_size_on(device, config), first))
+
+
+def batch_size_on(device: str, config: AnimateConfig) -> int:
+    """Say how many frames go through the model at once."""
+    return config.batch_size or (1 if torch.device(device).type == "cpu" else 4)
 
 
 def write_animation(
@@ -138,7 +145,8 @@ def write_animation(
     config, path = config or AnimateConfig(), Path(path)
     transparent = config.background == "transparent"
     encoding = encoding_for(path, transparent=transparent, lossless=config.lossless) if path.suffix else None
-    segment = -(-SEGMENT_FRAMES // config.batch_size) * config.batch_size  # so that batches are the same wherever a film is gone on with
+    batch = batch_size_on(device, config)
+    segment = -(-SEGMENT_FRAMES // batch) * batch  # so that batches are the same wherever a film is gone on with
     key = _key(avatar, audio, config, cameras, device)
     length = len(audio.samples) if isinstance(audio, Waveform) else round(sound_length_s(audio) * SAMPLE_RATE_HZ)
     total = count_frames(length, avatar.fps) if length else 0
@@ -167,7 +175,7 @@ class Scene:
             device: where to render.
             first: the frame that will be asked for first; the others follow.
         """
-        self.avatar, self.config, self.device = avatar, config, device
+        self.avatar, self.model, self.config, self.device = avatar, avatar.bake(), config, device
         own = avatar.performance
         self.film = None if config.paste_into is None else Film(config.paste_into, config.source, avatar.fps, avatar.resolution)
         self.shown = None if self.film is None else self.film.frames(first)
@@ -180,15 +188,21 @@ class Scene:
         self.backdrop = None if config.background == "transparent" else _backdrop(config.background, avatar).to(device)
 
     @torch.no_grad()
-    def frames(self, heard: Heard) -> UInt8[np.ndarray, "b H W c"]:
-        """Return pictures of these frames."""
+    def pictures(self, heard: Heard) -> Rendering | UInt8[np.ndarray, "b H W c"]:
+        """Return pictures of these frames, or what is to be put into the film; any batch, in any order, from any thread."""
         rendering = self.render(heard)
-        if self.film and self.shown:
-            numbers = heard[0].tolist()
-            return np.stack([self.film.put_back(next(self.shown), number, one_of(rendering, place)) for place, number in enumerate(numbers)])
-        if self.backdrop is None:
-            return _cut_out(rendering)
-        return to_uint8(composite(rendering, self.backdrop[None]))
+        if self.film:
+            return rendering
+        return _cut_out(rendering) if self.backdrop is None else to_uint8(composite(rendering, self.backdrop[None]))
+
+    def finished(self, heard: Heard, made: Rendering | UInt8[np.ndarray, "b H W c"]) -> Iterator[UInt8[np.ndarray, "h w c"]]:
+        """Yield the frames of one batch after the other: the film, if there is one, is decoded as it goes."""
+        if isinstance(made, np.ndarray):
+            yield from made
+            return
+        assert self.film and self.shown
+        for place, number in enumerate(heard[0].tolist()):
+            yield self.film.put_back(next(self.shown), number, one_of(made, place))
 
     def render(self, heard: Heard) -> Rendering:
         """Render these frames; the only place where the model is called."""
@@ -205,7 +219,7 @@ class Scene:
             anchors=acts.anchors.to(self.device),
         )
         if self.rest is None:
-            return self.avatar.render(driving, camera)
+            return self.model.render(driving, camera)
         return self._exaggerated(driving, camera, self.rest.to(self.device))
 
     def _exaggerated(self, driving: Driving, camera: Camera, rest: Float[Tensor, "f w"]) -> Rendering:
@@ -298,8 +312,29 @@ def _batches(heard: Iterator[Heard], size: int, first: int) -> Iterator[Heard]:
 
 
 def _frames(scene: Scene, batches: Iterator[Heard]) -> Iterator[UInt8[np.ndarray, "h w c"]]:
-    for batch in batches:
-        yield from scene.frames(batch)  # gradients are off in there only: the caller's own tensors are none of our business
+    """Frames in their order. On a CPU each thread renders a batch of its own: two threads at one frame would mostly wait for each other."""
+    if torch.device(scene.device).type != "cpu":
+        for batch in batches:
+            yield from scene.finished(batch, scene.pictures(batch))
+        return
+    threads = torch.get_num_threads()
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        waiting: deque[tuple[Heard, Future]] = deque()
+        try:
+            for batch in batches:
+                waiting.append((batch, pool.submit(scene.pictures, batch)))
+                if len(waiting) > threads:
+                    yield from _next_finished(scene, waiting)
+            while waiting:
+                yield from _next_finished(scene, waiting)
+        finally:
+            pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(threads)
+
+
+def _next_finished(scene: Scene, waiting: "deque[tuple[Heard, Future]]") -> Iterator[UInt8[np.ndarray, "h w c"]]:
+    batch, made = waiting.popleft()
+    yield from scene.finished(batch, made.result())
 
 
 def _key(avatar: Avatar, audio: Waveform | Path | str, config: AnimateConfig, cameras: Camera | None, device: str) -> str:
