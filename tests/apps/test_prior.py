@@ -1,6 +1,7 @@
 """The commands round priors: made from a zip with sheets and TensorBoard's files, looked at, and refused early."""
 
 import json
+import subprocess
 import sys
 import zipfile
 from io import BytesIO
@@ -43,6 +44,17 @@ def test_a_prior_is_made_and_shown(heads: Path, tmp_path: Path, capsys: pytest.C
     assert main(["prior", "show", str(out), "-o", str(tmp_path / "shown"), *arguments]) == 0
     assert {path.name for path in (tmp_path / "shown").iterdir()} == {"grid.png", "person.png", "orbit.mp4"}
     assert "grid.png" in capsys.readouterr().out
+
+
+def test_two_processes_make_one_prior(heads: Path, tmp_path: Path) -> None:
+    out = tmp_path / "prior.t3d"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python", "--"]
+    talk3d = [sys.executable, "-c", "from talk3d.apps.cli import main; raise SystemExit(main())"]
+    small = ["--start", "tiny", "--steps", "3", "--samples-per-step", "2", "--encoder.side", "32", "--encoder.width", "4", "--device", "cpu"]
+    ran = subprocess.run([*torchrun, *talk3d, "pretrain", str(heads), "-o", str(out), *small], capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.count("next, talk3d prior show") == 1
+    assert load_prior(out).provenance["steps"] == 3 and not list(tmp_path.glob("*.checkpoint"))
 
 
 def test_what_cannot_work_is_refused_in_one_line(heads: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

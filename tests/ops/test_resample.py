@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from talk3d.ops.resample import downsample2, fir, fir_filter, upsample2
+from talk3d.ops.resample import _fir_by_shifts, downsample2, fir, fir_filter, upsample2
 
 FILTER = torch.outer(torch.tensor([1.0, 3, 3, 1]), torch.tensor([1.0, 3, 3, 1])) / 64
 
@@ -61,3 +61,9 @@ def test_gradients() -> None:
 
 def test_the_stored_filter_is_the_one_applied() -> None:
     torch.testing.assert_close(fir_filter(), FILTER)
+
+
+@pytest.mark.parametrize(("pad", "gain", "stride"), [((1, 1), 4.0, 1), ((2, 1), 1.0, 1), ((1, 1), 1.0, 2)])
+def test_shifted_sums_are_the_same_filter(pad: tuple[int, int], gain: float, stride: int) -> None:
+    x = torch.randn(2, 3, 6, 7, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(_fir_by_shifts(x, pad, gain, stride), fir(x, pad, gain, stride))

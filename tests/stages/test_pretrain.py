@@ -183,3 +183,14 @@ def test_a_new_encoder_of_an_old_prior_guesses_within_its_spread(balls: Path) ->
     offset = trainer.codes(trainer.encoder) - mapping.w_avg
     inside = torch.linalg.lstsq(spread[:, :7], offset.T).solution  # eight codes have seven directions
     torch.testing.assert_close(spread[:, :7] @ inside, offset.T, atol=1e-5, rtol=1e-3)
+
+
+def test_a_start_can_be_sharpened(balls: Path) -> None:
+    first = pretrain(balls, SHORT, start=TINY)
+    trainers = [SupervisedTrainer(replace(SHORT, sharpen=by), load_heads(balls, 64), first.generator.config, device="cpu") for by in (1.0, 2.5)]
+    for trainer in trainers:
+        trainer.take_over(first)
+    ws, points = first.generator.mapping(torch.ones(1, TINY.z_dim)), torch.rand(1, 50, 3, generator=torch.Generator().manual_seed(0)) - 0.5
+    with torch.no_grad():
+        before, after = (t.generator.query(t.generator.triplane(ws), points)[0] for t in trainers)
+    torch.testing.assert_close(after - 1, 2.5 * (before - 1), rtol=1e-4, atol=1e-4)

@@ -13,7 +13,7 @@ from torch import nn
 
 from talk3d.errors import WeightsError
 from talk3d.io.weights import load_tensors
-from talk3d.training.loop import Average, Best, Loop
+from talk3d.training.loop import Average, Best, Loop, average_gradients, processes
 
 
 class Run:
@@ -188,3 +188,22 @@ def test_the_best_is_what_had_the_least_error() -> None:
     again.load_state_dict(best.state_dict())
     again.consider(nn.Linear(2, 2), torch.tensor(0.35))
     assert again.module.weight.equal(best.module.weight)
+
+
+def _average_two(number: int, store: str) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=number, world_size=2)
+    some, other, without = nn.Parameter(torch.zeros(2, 3)), nn.Parameter(torch.zeros(4)), nn.Parameter(torch.zeros(1))
+    some.grad, other.grad = torch.full((2, 3), 1.0 + number), torch.arange(4.0) * number
+    average_gradients([some, without, other])
+    assert processes() == (number, 2) and without.grad is None
+    torch.testing.assert_close(some.grad, torch.full((2, 3), 1.5))
+    torch.testing.assert_close(other.grad, torch.arange(4.0) / 2)
+    torch.distributed.destroy_process_group()
+
+
+def test_processes_share_the_mean_of_their_gradients(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_average_two, (str(tmp_path / "store"),), nprocs=2)  # raises what a process raises
+    parameter = nn.Parameter(torch.zeros(2))
+    parameter.grad = torch.ones(2)
+    average_gradients([parameter])  # alone
+    assert processes() == (0, 1) and parameter.grad.equal(torch.ones(2))

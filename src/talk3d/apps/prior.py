@@ -1,10 +1,13 @@
 """The commands round models: `talk3d pretrain` makes a prior, `prior show` lets it be looked at, `export` hands an avatar to other programs."""
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated
 
+import torch
+import torch.distributed as dist
 from tyro.conf import Positional, arg
 
 from talk3d import presets
@@ -48,6 +51,21 @@ def recorded(progress: Progress, folder: Path | None) -> Iterator[Progress]:
         yield both
 
 
+@contextlib.contextmanager
+def together(device: str) -> Iterator[bool]:
+    """Join the other processes that torchrun started, if there are any, and say whether this is the first, which writes and reports."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        yield True
+        return
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    try:
+        yield dist.get_rank() == 0
+    finally:
+        dist.destroy_process_group()
+
+
 def pretrain_prior(
     dataset: Input,
     /,
@@ -60,6 +78,8 @@ def pretrain_prior(
     seed: int = 0,
 ) -> None:
     """Train a prior over heads on pictures of many people with known cameras.
+
+    On several GPUs of one machine: torchrun --nproc-per-node 2 --no-python -- talk3d pretrain …
 
     Args:
         dataset: folder or zip in EG3D's layout: pictures (alpha is the foreground) and dataset.json with camera labels.
@@ -74,17 +94,20 @@ def pretrain_prior(
     check_input(dataset, "a data set folder or zip with dataset.json")
     check_output(out, dataset)
     checkpoint = checkpoint_beside(out, dataset, config, start, seed)
-    with Display() as display, recorded(display, tensorboard) as progress:
+    device = resolve_device(device)
+    with together(device) as first, Display() as display, recorded(display, tensorboard if first else None) as progress:
         prior = pretrain(
             dataset,
             config,
             start=ALL_SIZES[start] if start in ALL_SIZES else load_prior(start),
-            device=resolve_device(device),
+            device=device,
             seed=seed,
             progress=progress,
             checkpoint=checkpoint,
             sheets=sheets,
         )
+        if not first:
+            return
         prior.save(out)
     remove_checkpoints(out)
     print(f"{out}: next, talk3d prior show {out} -o FOLDER, or talk3d personalize CLIP -o PERSON --prior {out}")

@@ -24,9 +24,10 @@ from talk3d.io.heads import HeadDataset, load_heads
 from talk3d.models.avatar import Prior
 from talk3d.models.encoder import Encoder, EncoderConfig
 from talk3d.models.generator import GeneratorConfig, TriplaneGenerator
+from talk3d.models.layers import EqualLinear
 from talk3d.stages.adversarial import AdversarialConfig, AdversarialTrainer, conditioned
 from talk3d.stages.show import head_sheet
-from talk3d.training.loop import Average, Loop, cosine_decay
+from talk3d.training.loop import Average, Loop, average_gradients, cosine_decay, processes
 from talk3d.training.losses import PictureTarget, density_variation, picture_losses, target_from_rgba, weighted_sum
 from talk3d.types import Camera, Progress, Triplane, silent
 
@@ -71,6 +72,8 @@ class PretrainConfig:
     """Compute in bfloat16 where it does no harm; for GPUs only."""
     compiled: bool = False
     """Compile what `mixed_precision` changes; for GPUs only."""
+    sharpen: float = 1.0
+    """A prior to go on from gets its raw density multiplied by this (about 1, where space begins to be solid) first: thinner surfaces."""
     sheet_every: int = 500
     """Every which step pictures are written, if there is a place for them."""
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
@@ -114,7 +117,9 @@ def pretrain(
     config = config or PretrainConfig()
     sizes = start.generator.config if isinstance(start, Prior) else start
     side = sizes.renderer.superresolution.output_side
-    heads = load_heads(Path(dataset), side, lambda done, total: progress("read pictures", done, total, {}))
+    if processes()[0]:
+        progress, sheets = silent, None
+    heads = _own_share(load_heads(Path(dataset), side, lambda done, total: progress("read pictures", done, total, {})), config)
     trainer = _make_trainer(config, heads, start, device, seed)
     loop = Loop(modules=trainer.modules, optimizers=trainer.optimizers, generators=trainer.generators, checkpoint=checkpoint, checkpoint_every=1000)
 
@@ -128,6 +133,20 @@ def pretrain(
     facts = {"mode": config.mode, "dataset": Path(dataset).name, "pictures": len(heads.images), "people": int(heads.person.max()) + 1}
     before = {"start": start.provenance} if isinstance(start, Prior) else {}
     return trainer.result(facts | {"steps": config.steps, "seed": seed} | before)
+
+
+def _own_share(heads: HeadDataset, config: PretrainConfig) -> HeadDataset:
+    """Of several processes, each trains on people of its own."""
+    number, count = processes()
+    if count == 1:
+        return heads
+    if config.mode != "supervised":
+        raise ConfigError(f"{config.mode} pretraining runs in one process, and this is one of {count}: start it without torchrun")
+    index = (heads.person % count == number).nonzero()[:, 0]
+    if not len(index):
+        raise ConfigError(f"there are fewer people than processes ({count}): start fewer")
+    renumbered = {name: torch.unique(getattr(heads, name)[index], return_inverse=True)[1] for name in ("sample", "person")}
+    return HeadDataset(images=heads.images[index], cameras=heads.cameras[index], **renumbered)
 
 
 def _make_trainer(
@@ -214,8 +233,12 @@ class SupervisedTrainer:
     def take_over(self, prior: Prior) -> None:
         """Go on from a prior; where it has no encoder, the new one's guesses are at first spread as the prior's people are."""
         self.generator.load_state_dict(prior.generator.state_dict())
+        decode = self.generator.decoder.net[-1]
+        assert isinstance(decode, EqualLinear)
         mapping = self.generator.mapping_network
         with torch.no_grad():
+            decode.weight[0] *= self.config.sharpen
+            decode.bias[0] = self.config.sharpen * decode.bias[0] + (1 - self.config.sharpen) / decode.lr
             if prior.encoder is not None:
                 self.encoder.load_state_dict(prior.encoder.state_dict())
                 self.encoder.out.bias.add_(mapping.w_avg)
@@ -239,6 +262,7 @@ class SupervisedTrainer:
         loss = weighted_sum(terms, {name: getattr(config, f"{name}_weight") for name in terms})
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        average_gradients(parameter for group in optimizer.param_groups for parameter in group["params"])
         optimizer.step()
         self.average.update(self.networks, number)
         return {name: term.detach() for name, term in terms.items()}

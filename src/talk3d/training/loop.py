@@ -5,11 +5,12 @@ import copy
 import math
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 
 import torch
+import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -45,6 +46,23 @@ def _finish_step_first() -> Iterator[Callable[[], bool]]:
 def cosine_decay(fraction: float, end: float) -> float:
     """Factor of a learning rate after `fraction` of the steps: from 1 down to `end` along half a cosine."""
     return end + (1 - end) * (0.5 + 0.5 * math.cos(math.pi * fraction))
+
+
+def processes() -> tuple[int, int]:
+    """Return this process's number from 0 and how many train together: (0, 1) unless `torch.distributed` was set up."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+
+
+def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Give every process the mean of all processes' gradients, in one message; alone, do nothing."""
+    _, count = processes()
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if count == 1 or not gradients:
+        return
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(flat)
+    pieces = (flat / count).split([gradient.numel() for gradient in gradients])
+    torch._foreach_copy_(gradients, [piece.view_as(gradient) for piece, gradient in zip(pieces, gradients, strict=True)])
 
 
 class Average:
@@ -120,8 +138,8 @@ class Loop:
             self.save()
 
     def save(self) -> None:
-        """Write the checkpoint, if there is a place for it."""
-        if self.checkpoint is None:
+        """Write the checkpoint, if there is a place for it; of several processes the first one does."""
+        if self.checkpoint is None or processes()[0]:
             return
         state = {
             "modules": {name: module.state_dict() for name, module in self.modules.items()},
