@@ -108,5 +108,24 @@ def test_unwritable_outputs_are_one_line_before_work_starts(name: str, tmp_path:
     assert list(tmp_path.iterdir()) == [given]
 
 
-def test_unknown_options_exit_with_two(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["pretrain", "heads", "-o", "x", "--stepz", "3"]) == 2
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("pretrain heads -o x --stepz 3", "Unrecognized options: --stepz, 3: see talk3d pretrain --help"),
+        ("animate a.t3d b.wav -o c.mp4 --yaw-deg abc", "could not convert string to float: 'abc': see talk3d animate --help"),
+        ("animate", "missing: AVATAR; AUDIO; -o PATH, --out PATH: see talk3d animate --help"),
+        ("track a.mp4 -o b --fps", "Missing value for argument '--fps'. Expected 1 values: see talk3d track --help"),
+        ("weights", "Expected one of {list, fetch, verify, import}: see talk3d weights --help"),
+        ("build a.mp4 -o b.t3d --device gpu", "'gpu'"),
+    ],
+)
+def test_what_cannot_be_parsed_is_one_line(arguments: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(arguments.split()) == 2
+    assert said in error_line(capsys)
+
+
+def test_a_prior_that_is_not_there_is_refused_before_the_film_is_looked_at(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    film = tmp_path / "film.mp4"
+    film.touch()
+    assert cli.main(["build", str(film), "-o", str(tmp_path / "b.t3d"), "--prior", str(tmp_path / "none")]) == 2
+    assert "none does not exist: give the path of a prior" in error_line(capsys)

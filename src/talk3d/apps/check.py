@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from tyro.conf import arg
 
-from talk3d.apps.commands import Input, ModelFile, Output, check_input, check_output
+from talk3d.apps.commands import ModelFile, Output, VideoInput, check_input, check_output
 from talk3d.apps.terminal import Display, duration, note_findings
 from talk3d.errors import ConfigError, MediaError, TrackingError
 from talk3d.io.catalogue import sha256_of
@@ -114,7 +114,7 @@ def reviewer(video: Path, *, yes: bool) -> Callable[[Mapping[str, Any]], None]:
 
 
 def check_command(
-    video: Input,
+    video: VideoInput,
     /,
     out: Annotated[Path | None, arg(aliases=["-o"])] = None,
     config: Annotated[CheckConfig, arg(name="")] = DEFAULTS,
@@ -161,7 +161,7 @@ def refuse_other_clip(folder: Path, video: Path) -> None:
 
 
 def track_command(
-    video: Input, /, out: Output, config: Annotated[TrackConfig, arg(name="")] = TRACK_DEFAULTS, face_model: ModelFile = None, yes: bool = False
+    video: VideoInput, /, out: Output, config: Annotated[TrackConfig, arg(name="")] = TRACK_DEFAULTS, face_model: ModelFile = None, yes: bool = False
 ) -> None:
     """Turn a video of one talking person into a clip: a folder with everything known per frame.
 

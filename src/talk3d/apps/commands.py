@@ -3,20 +3,28 @@
 A command is a function inside a function, so that only the stage that is asked for is imported.
 """
 
+import contextlib
+import functools
+import io
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
 from tyro.conf import Positional, arg
 
-from talk3d.apps.terminal import Display
+from talk3d.apps.terminal import Display, in_one_line
 from talk3d.errors import ConfigError
 
 Device = Literal["auto", "cpu", "cuda"]
 Input = Annotated[Path, Positional]
+VideoInput = Annotated[Input, arg(metavar="VIDEO")]
+ClipInput = Annotated[Input, arg(metavar="CLIP")]
+PersonInput = Annotated[Input, arg(metavar="PERSON")]
+AvatarInput = Annotated[Input, arg(metavar="AVATAR")]
+AudioInput = Annotated[Input, arg(metavar="AUDIO")]
 Output = Annotated[Path, arg(aliases=["-o"])]
 PriorName = Annotated[str, arg(metavar="builtin|PATH")]
 ModelFile = Annotated[Path | None, arg(metavar="FILE")]
@@ -35,11 +43,30 @@ def run(name: str, arguments: list[str], examples: str) -> None:
         SystemExit: the arguments cannot be parsed, or help was asked for.
     """
     command = COMMANDS[name]()
-    if isinstance(command, dict):
-        tyro.extras.subcommand_cli_from_dict(command, prog=f"talk3d {name}", description=f"examples:\n  {examples}", args=arguments)
-        return
-    description = f"{(command.__doc__ or '').partition('Args:')[0].strip()}\n\nexamples:\n  {examples}"
-    tyro.cli(command, prog=f"talk3d {name}", description=description, args=arguments)
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            if isinstance(command, dict):
+                parts = {part: _later(one) for part, one in command.items()}
+                start = tyro.extras.subcommand_cli_from_dict(parts, prog=f"talk3d {name}", description=f"examples:\n  {examples}", args=arguments)
+            else:
+                description = f"{(command.__doc__ or '').partition('Args:')[0].strip()}\n\nexamples:\n  {examples}"
+                start = tyro.cli(_later(command), prog=f"talk3d {name}", description=description, args=arguments)
+    except SystemExit as leaving:
+        if leaving.code in (None, 0):
+            raise
+        raise ConfigError(in_one_line(said.getvalue(), name)) from None
+    start()
+
+
+def _later(command: Callable[..., None]) -> Callable[..., Callable[[], None]]:
+    """Return what parses like the command and gives back the call to it, so that what parsing says is known from what the command says."""
+
+    @functools.wraps(command)
+    def parsed(*given: Any, **named: Any) -> Callable[[], None]:
+        return functools.partial(command, *given, **named)
+
+    return parsed
 
 
 def resolve_device(device: str) -> str:
@@ -119,7 +146,7 @@ def _personalize() -> Callable[..., None]:
     defaults = PersonalizeConfig()
 
     def command(
-        clip: Input,
+        clip: ClipInput,
         /,
         out: Output,
         config: Annotated[PersonalizeConfig, arg(name="")] = defaults,
@@ -161,8 +188,8 @@ def _train() -> Callable[..., None]:
     defaults = TrainConfig()
 
     def command(
-        person: Input,
-        clip: Input,
+        person: PersonInput,
+        clip: ClipInput,
         /,
         out: Output,
         config: Annotated[TrainConfig, arg(name="")] = defaults,
@@ -200,7 +227,7 @@ def _build() -> Callable[..., None]:
     defaults = BuildConfig()
 
     def command(
-        video: Input,
+        video: VideoInput,
         /,
         out: Output,
         config: Annotated[BuildConfig, arg(name="")] = defaults,
@@ -223,6 +250,7 @@ def _build() -> Callable[..., None]:
             yes: go on even if the capture check refuses the video.
         """
         check_input(video, "a video")
+        check_prior(config.prior)
         check_output(out, video)
         with Display() as display:
             ran = build(video, out, config, device=resolve_device(device), seed=seed, fresh=fresh, yes=yes, progress=display)
@@ -251,8 +279,8 @@ def _animate() -> Callable[..., None]:
     defaults = AnimateConfig()
 
     def command(
-        avatar: Input,
-        audio: Input,
+        avatar: AvatarInput,
+        audio: AudioInput,
         /,
         out: Output,
         config: Annotated[AnimateConfig, arg(name="")] = defaults,

@@ -6,7 +6,7 @@ from typing import Annotated
 from rich.console import Console
 from tyro.conf import Positional, arg
 
-from talk3d.apps.commands import Device, Input, ModelFile, Output, check_input, check_output, resolve_device
+from talk3d.apps.commands import AvatarInput, ClipInput, Device, ModelFile, Output, check_input, check_output, resolve_device
 from talk3d.apps.terminal import Display, duration, print_table
 from talk3d.errors import ConfigError
 from talk3d.io.clips import load_clip
@@ -25,8 +25,8 @@ ENDINGS = (".json", ".html", ".htm")
 
 
 def evaluate_command(
-    avatar: Input,
-    clip: Input,
+    avatar: AvatarInput,
+    clip: ClipInput,
     /,
     out: Output,
     config: Annotated[EvaluateConfig, arg(name="")] = DEFAULTS,

@@ -12,7 +12,7 @@ from tyro.conf import Positional, arg
 
 from talk3d import presets
 from talk3d.apps.build import checkpoint_beside, remove_checkpoints
-from talk3d.apps.commands import Device, Input, Output, check_input, check_output, check_prior, resolve_device
+from talk3d.apps.commands import AvatarInput, Device, Input, Output, check_input, check_output, check_prior, resolve_device
 from talk3d.apps.terminal import Display
 from talk3d.errors import ConfigError
 from talk3d.io.weights import load_avatar, load_prior
@@ -67,7 +67,7 @@ def together(device: str) -> Iterator[bool]:
 
 
 def pretrain_prior(
-    dataset: Input,
+    dataset: Annotated[Input, arg(metavar="DATASET")],
     /,
     out: Output,
     config: Annotated[PretrainConfig, arg(name="")] = _PRETRAIN_DEFAULTS,
@@ -139,7 +139,7 @@ def show(
     print("\n".join(map(str, written)))
 
 
-def export_avatar(avatar: Input, /, mesh: File = None, onnx: Folder = None, mesh_side: int = 256) -> None:
+def export_avatar(avatar: AvatarInput, /, mesh: File = None, onnx: Folder = None, mesh_side: int = 256) -> None:
     """Hand an avatar to other programs: its head at rest as a mesh, or what renders a frame as ONNX graphs.
 
     Args:

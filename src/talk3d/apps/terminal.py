@@ -34,6 +34,17 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
+def in_one_line(box: str, command: str) -> str:
+    """Say in one line what tyro says in a box of several: what comes before its first rule; of missing options their names."""
+    lines = [line.strip("│").rstrip() for line in box.splitlines() if line[:1] == "│"]
+    lines = lines[: next((place for place, line in enumerate(lines) if line.strip().startswith("───")), len(lines))]
+    if lines and lines[0].strip().startswith("Missing from"):
+        named = [line.strip() for line in lines[1:] if len(line) - len(line.lstrip()) == 5]
+        lines = [f"missing: {'; '.join(named)}"]
+    said = " ".join(" ".join(lines).split()).rstrip(".")
+    return f"{said or 'this cannot be parsed'}: see talk3d {command} --help"
+
+
 def _describe(values: Mapping[str, float]) -> str:
     return "  ".join(f"{name} {value:.3g}" for name, value in values.items())
 
