@@ -35,12 +35,16 @@ def duration(seconds: float) -> str:
 
 
 def in_one_line(box: str, command: str) -> str:
-    """Say in one line what tyro says in a box of several: what comes before its first rule; of missing options their names."""
-    lines = [line.strip("│").rstrip() for line in box.splitlines() if line[:1] == "│"]
-    lines = lines[: next((place for place, line in enumerate(lines) if line.strip().startswith("───")), len(lines))]
+    """Say in one line what tyro says in a box of several, drawn with lines or, where the terminal has none, with dashes."""
+    lines = [line.strip("│").rstrip() for line in box.splitlines() if not line.startswith(("╭", "╰"))]
+    rules = [place for place, line in enumerate(lines) if line and not line.strip(" ─-")]
+    if "╭" not in box and rules:  # the title is a line of its own, with a rule
+        lines, rules = lines[rules[0] + 1 :], [place - rules[0] - 1 for place in rules[1:]]
+    lines = lines[: rules[0]] if rules else lines
+    indents = [len(line) - len(line.lstrip()) for line in lines]
     if lines and lines[0].strip().startswith("Missing from"):
-        named = [line.strip() for line in lines[1:] if len(line) - len(line.lstrip()) == 5]
-        lines = [f"missing: {'; '.join(named)}"]
+        names = [line.strip() for line, indent in zip(lines, indents, strict=True) if indent == indents[0] + 4]
+        lines = [f"missing: {'; '.join(names)}"]
     said = " ".join(" ".join(lines).split()).rstrip(".")
     return f"{said or 'this cannot be parsed'}: see talk3d {command} --help"
 
