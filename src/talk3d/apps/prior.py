@@ -94,13 +94,13 @@ def pretrain_prior(
     check_input(dataset, "a data set folder or zip with dataset.json")
     check_output(out, dataset)
     checkpoint = checkpoint_beside(out, dataset, config, start, seed)
-    device = resolve_device(device)
-    with together(device) as first, Display() as display, recorded(display, tensorboard if first else None) as progress:
+    used_device = resolve_device(device)
+    with together(used_device) as first, Display() as display, recorded(display, tensorboard if first else None) as progress:
         prior = pretrain(
             dataset,
             config,
             start=ALL_SIZES[start] if start in ALL_SIZES else load_prior(start),
-            device=device,
+            device=used_device,
             seed=seed,
             progress=progress,
             checkpoint=checkpoint,
