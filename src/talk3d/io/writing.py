@@ -68,7 +68,7 @@ def encoding_for(path: Path, *, transparent: bool = False, lossless: bool = Fals
         return Encoding(codec="libx264rgb", pix_fmt="rgb24", segment=".mp4", options={"qp": "0", "preset": "veryfast", "threads": "2"})
     if ending == ".webm":
         return Encoding(codec="libvpx-vp9", pix_fmt="yuv420p", segment=".webm", options=_vp9(crf))
-    return Encoding(codec="libx264", pix_fmt="yuv420p", segment=".mp4", options={"crf": str(crf), "preset": "fast", "threads": "2"})
+    return Encoding(codec="libx264", pix_fmt="yuv420p", segment=".mp4", options={"crf": str(crf), "preset": "veryfast", "threads": "2"})
 
 
 def _vp9(crf: int) -> dict[str, str]:
