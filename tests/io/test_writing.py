@@ -115,6 +115,16 @@ def test_pictures_go_to_a_folder(tmp_path: Path) -> None:
     assert np.array_equal(np.asarray(Image.open(tmp_path / "shots" / "000007.png")), picture(7))
 
 
+@pytest.mark.parametrize("name", ["album", "film.mp4"])
+def test_a_folder_of_other_things_is_not_replaced(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.mkdir()
+    (path / "letter.txt").write_text("dear", encoding="utf-8")
+    with pytest.raises(ConfigError, match="something else"):
+        FilmWriter(path, fps=25.0, encoding=encoding_for(path) if path.suffix else None, key="k", segment_frames=LENGTH)
+    assert [one.name for one in tmp_path.rglob("*")] == [name, "letter.txt"]
+
+
 def test_other_films_are_not_gone_on_with(tmp_path: Path) -> None:
     path = tmp_path / "a.mp4"
     with pytest.raises(InterruptedError):

@@ -2,6 +2,7 @@ import math
 import tracemalloc
 import wave
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import av
@@ -298,6 +299,31 @@ def test_a_frame_comes_when_the_sound_ahead_is_there_and_not_later(make_avatar, 
     assert given <= ahead_s
     for number, _ in enumerate(frames, 1):
         assert given <= number / 25 + ahead_s + 2.0
+
+
+class Prompt(ThreadPoolExecutor):
+    """Does everything at once."""
+
+    def submit(self, fn, /, *args, **kwargs):
+        done = Future()
+        done.set_result(fn(*args, **kwargs))
+        return done
+
+
+def test_many_cores_do_not_hold_back_frames_that_are_ready(make_avatar, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(animating, "ThreadPoolExecutor", Prompt)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    given = 0.0
+
+    def chunks() -> Iterator[Waveform]:
+        nonlocal given
+        for piece in chunked(sound(5.0), 800):
+            given += 0.05
+            yield piece
+
+    next(animate(make_avatar(), chunks(), config=AnimateConfig(level_db=-30.0)))
+    assert given <= 1.0
 
 
 class Killed(BaseException):

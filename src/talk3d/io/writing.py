@@ -173,11 +173,13 @@ class FilmWriter:
             resume: go on with what is there; else it is thrown away.
 
         Raises:
-            ConfigError: what is there belongs to another film.
+            ConfigError: what is there belongs to another film, or a folder of other things has the name that the pictures' folder would take.
             MediaError: nothing can be written there.
         """
         self.path, self._fps, self._encoding, self._length = Path(path), fps, encoding, segment_frames
         self.folder = self.path.with_name(f"{self.path.name}.unfinished")
+        if self.path.is_dir() and not (encoding is None and (self.path / "000000.png").is_file()):
+            raise ConfigError(f"{self.path} is a folder of something else: give another name, so that nothing of yours is overwritten")
         facts = {"key": key, "segment_frames": segment_frames}
         if resume and self.folder.exists() and self._facts() != facts:
             raise ConfigError(f"{self.folder} belongs to other settings or another version: leave --resume out to start over")

@@ -323,7 +323,7 @@ def _frames(scene: Scene, batches: Iterator[Heard]) -> Iterator[UInt8[np.ndarray
         try:
             for batch in batches:
                 waiting.append((batch, pool.submit(scene.pictures, batch)))
-                if len(waiting) > threads:
+                while len(waiting) > threads or (waiting and waiting[0][1].done()):  # live sound may pause: what is ready does not wait for it
                     yield from _next_finished(scene, waiting)
             while waiting:
                 yield from _next_finished(scene, waiting)
@@ -339,9 +339,11 @@ def _next_finished(scene: Scene, waiting: "deque[tuple[Heard, Future]]") -> Iter
 
 def _key(avatar: Avatar, audio: Waveform | Path | str, config: AnimateConfig, cameras: Camera | None, device: str) -> str:
     """A fingerprint of everything that a film is made from."""
+    clips = [path / "track.safetensors" for path in (config.performer, config.paste_into) if path is not None]
     chosen = (config.performer, config.camera_path, Path(config.background), config.source)
-    files = [path for path in (*chosen, config.paste_into and config.paste_into / "track.safetensors") if path is not None and path.is_file()]
-    digest = hashlib.sha256(json.dumps([__version__, device, asdict(config)], default=str).encode())
+    files = [path for path in (*chosen, *clips) if path is not None and path.is_file()]
+    facts = [__version__, device, asdict(config), avatar.fps, avatar.audio_source, avatar.provenance.get("views")]
+    digest = hashlib.sha256(json.dumps(facts, default=str).encode())
     parts = [*avatar.state_dict().values(), *([] if cameras is None else [cameras.to_label()])]
     for tensor in [*parts, *([audio.samples] if isinstance(audio, Waveform) else [])]:
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())

@@ -49,7 +49,7 @@ class TrainConfig(LessonConfig):
         """Refuse numbers that cannot work."""
         super().__post_init__()
         if not 0 <= self.validation_share < 1:
-            raise ConfigError(f"validation_share is a share below 1, got {self.validation_share}: give a number from 0 to 0.5")
+            raise ConfigError(f"validation_share is a share below 1, got {self.validation_share}: give a number such as 0.06, or 0")
         if min(self.validation_every, self.rays or 1, self.samples or 1) < 1:
             raise ConfigError("train counts rays, samples and steps between validations from 1: give positive numbers")
 
