@@ -172,6 +172,9 @@ class Playback(Avatar):
     def resolution(self) -> int:
         return self.clip.frames.shape[1]
 
+    def bake(self) -> "Playback":
+        return self
+
     def train(self, mode: bool = True) -> "Playback":
         self.training = mode
         return self

@@ -20,7 +20,7 @@ from talk3d.metrics.film import Networks, Scene, Watched, fetching, floats
 from talk3d.metrics.image import psnr, ssim
 from talk3d.metrics.report import Measure, Row, measure
 from talk3d.metrics.truth import HeadAlignment, NovelFrame, Truth, align_heads, novel_frames
-from talk3d.models.avatar import Avatar
+from talk3d.models.avatar import Avatar, Renders
 from talk3d.models.deltaplane import DeltaplanePredictor
 from talk3d.ops.geometry import CAMERA_FOCAL, CAMERA_RADIUS, HEAD_PIVOT, head_camera
 from talk3d.perception.facetemplate import load_template
@@ -54,6 +54,12 @@ class Bench:
     progress: Progress
     render_s: list[float] = field(default_factory=list)
     """Seconds per frame of every batch that was rendered."""
+    model: Renders = field(init=False)
+    """What `animate` renders with."""
+
+    def __post_init__(self) -> None:
+        """Bake the avatar."""
+        self.model = self.avatar.bake()
 
     def driving(self, frames: Int[Tensor, " b"], sound: Sound | None = None, *, still: bool = False) -> Driving:
         """What drives the avatar: the clip's sound features, blink, head pose and place of the head; no face point, picture or matte.
@@ -79,7 +85,7 @@ class Bench:
         plate = 0.5 * (self.avatar.background[None] + 1) if background is None else background
         begun = time.perf_counter()
         with torch.no_grad():
-            rendering = self.avatar.render(driving, camera.to(self.device))
+            rendering = self.model.render(driving, camera.to(self.device))
         pictures, alpha = composite(rendering, plate.to(self.device)).cpu(), rendering.alpha.cpu()
         self.render_s.append((time.perf_counter() - begun) / len(pictures))
         return pictures, alpha
