@@ -212,12 +212,16 @@ class BakedAvatar:
                 if batch not in self._graphs:
                     self._graphs[batch] = _Recorded(self._compiled or self._compute, inputs)
                 return self._graphs[batch](inputs)
+            except torch.OutOfMemoryError:
+                raise
             except RuntimeError as error:
                 logger.warning("no CUDA graph: %s", str(error).partition("\n")[0])
                 self._graphs = None
         if self._compiled is not None:
             try:
                 return self._compiled(*inputs)
+            except torch.OutOfMemoryError:
+                raise
             except RuntimeError as error:
                 logger.warning("not compiled: %s", str(error).partition("\n")[0])
                 self._compiled = None
