@@ -13,7 +13,7 @@ import torch
 from talk3d.apps.cli import main
 from talk3d.errors import WeightsError
 from talk3d.io.face_models import WHEEL_MEMBERS, registry_model
-from talk3d.io.media import VideoWriter
+from talk3d.io.writing import VideoWriter
 from talk3d.types import Waveform
 
 FPS = 25

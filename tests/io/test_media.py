@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from talk3d.errors import MediaError
-from talk3d.io.media import VideoWriter, read_audio, read_video, scan_video
+from talk3d.io.media import read_audio, read_video, scan_video
+from talk3d.io.writing import VideoWriter
 from talk3d.types import Waveform
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from talk3d.errors import MediaError, ShapeError
-from talk3d.io.media import VideoWriter
+from talk3d.io.writing import VideoWriter
 from talk3d.metrics.truth import TRUTH_FILE, Truth, align_heads, camera_errors, find_truth, fit_background, load_truth, novel_frames, person_matte
 from talk3d.ops.geometry import HEAD_PIVOT, intrinsics_matrix, look_at, project, rotation_from_vector
 from talk3d.types import Camera, FaceTrack

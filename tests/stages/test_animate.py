@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 from talk3d.errors import ConfigError, MediaError
-from talk3d.io.media import VideoWriter, read_audio, scan_video
+from talk3d.io.media import read_audio, scan_video
+from talk3d.io.writing import VideoWriter
 from talk3d.ops.geometry import head_camera, view_angles
 from talk3d.perception.listening import count_frames
 from talk3d.perception.speech import speech_features

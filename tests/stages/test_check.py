@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from talk3d.errors import ConfigError, MediaError
-from talk3d.io.media import VideoWriter, read_audio, read_video
+from talk3d.io.media import read_audio, read_video
+from talk3d.io.writing import VideoWriter
 from talk3d.stages.check import CheckConfig, check, sampled_frames
 from talk3d.types import Waveform
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from talk3d.errors import ConfigError, WeightsError
-from talk3d.io.media import VideoWriter
+from talk3d.io.writing import VideoWriter
 from talk3d.metrics import film
 from talk3d.metrics.report import measure
 from talk3d.stages.compare import CompareConfig, compare, cut, rank, read_crops

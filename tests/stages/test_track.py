@@ -11,7 +11,8 @@ import torch
 
 from talk3d.errors import ConfigError, MediaError, TrackingError
 from talk3d.io.clips import load_clip
-from talk3d.io.media import VideoWriter, read_audio, read_video
+from talk3d.io.media import read_audio, read_video
+from talk3d.io.writing import VideoWriter
 from talk3d.ops.geometry import fit_similarity, head_camera, project, view_angles
 from talk3d.perception.facetemplate import load_template
 from talk3d.perception.headpose import solve_head_pose

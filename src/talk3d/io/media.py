@@ -18,7 +18,6 @@ from jaxtyping import Float, Int64, UInt8
 
 from talk3d.errors import MediaError
 from talk3d.io.timeline import constant_rate, find_cuts, find_duplicates, find_jumps, largest_since, retime
-from talk3d.io.writing import VideoWriter as VideoWriter
 from talk3d.types import Waveform
 
 logger = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from talk3d.io.media import VideoWriter
+from talk3d.io.writing import VideoWriter
 from talk3d.metrics.report import ARROWS, Films, Report, Row, contact_sheet, definition_of
 
 LINE_COLOURS = ("#1f5fa8", "#b06a00", "#2a7d46", "#8a3ab9", "#b3261e", "#5b6770")

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from talk3d.errors import ConfigError
-from talk3d.io.media import VideoWriter
+from talk3d.io.writing import VideoWriter
 from talk3d.models.avatar import Prior
 from talk3d.models.generator import TriplaneGenerator
 from talk3d.models.renderer import TriplaneRenderer
