@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from talk3d.models.conditioning import RELEASED as RELEASED_CONDITIONING
@@ -15,7 +15,7 @@ from talk3d.models.deltaplane import DeltaplaneConfig, DeltaplanePredictor, Delt
 from talk3d.models.encoder import Encoder
 from talk3d.models.generator import TriplaneGenerator
 from talk3d.models.renderer import RendererConfig, TriplaneRenderer
-from talk3d.types import Camera, Driving, Rendering, Triplane
+from talk3d.types import Camera, Driving, FaceTrack, Rendering, Triplane
 
 
 class Prior(nn.Module):
@@ -112,6 +112,12 @@ class Performance:
     blink: Float[Tensor, "t 1"]
     head_pose: Float[Tensor, "t 3"]
     anchors: Float[Tensor, "t 6"]
+
+    @classmethod
+    def of(cls, track: FaceTrack, frames: slice | Int[Tensor, " t"]) -> "Performance":
+        """Return what was tracked in these frames."""
+        moved = {name: getattr(track, name)[frames].float() for name in ("blink", "head_pose", "anchors")}
+        return cls(cameras=track.cameras[frames], **moved)
 
 
 @runtime_checkable

@@ -188,10 +188,7 @@ def clip_index(clip: Clip, fps: float) -> Int[Tensor, " t"]:
 
 def performance_of(clip: Clip, fps: float) -> Performance:
     """Return how the person of a clip moved, in all its frames, at another frame rate."""
-    index, track = clip_index(clip, fps), clip.track
-    return Performance(
-        cameras=track.cameras[index], blink=track.blink[index].float(), head_pose=track.head_pose[index].float(), anchors=track.anchors[index].float()
-    )
+    return Performance.of(clip.track, clip_index(clip, fps))
 
 
 def read_performer(path: Path, fps: float) -> tuple[Performance | None, Float[Tensor, "t 1"]]:

@@ -169,9 +169,6 @@ def even_out(avatar: Avatar, clip: Clip, mouth: MouthShapes, frames: Int[Tensor,
 def _new_avatar(person: PersonalizedGenerator, clip: Clip, config: TrainConfig, seed: int) -> Avatar:
     used = slice(0, clip.num_training_frames)
     track = clip.track
-    performance = Performance(
-        cameras=track.cameras[used], blink=track.blink[used].float(), head_pose=track.head_pose[used].float(), anchors=track.anchors[used].float()
-    )
     provenance = {
         "source_sha256": clip.source_sha256,
         "frames": clip.num_training_frames,
@@ -184,7 +181,7 @@ def _new_avatar(person: PersonalizedGenerator, clip: Clip, config: TrainConfig, 
         avatar = Avatar(
             personalized=with_rays(person, *_rays_and_samples(person.renderer.renderer_config, config)),
             config=avatar_sizes(person.renderer.renderer_config, clip.audio.values.shape[-1]),
-            performance=performance,
+            performance=Performance.of(track, used),
             background=background_plate(clip),
             audio_source=clip.audio.source,
             fps=clip.fps,
