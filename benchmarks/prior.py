@@ -87,9 +87,9 @@ def depth_errors(rendering: Rendering, person: Person) -> np.ndarray:
     return (error.sum((1, 2)) / head.sum((1, 2)) / HEAD_DEPTH).numpy()
 
 
-def scores(head: Inversion, person: Person, device: str) -> tuple[dict[str, list[float]], torch.Tensor]:
+def scores(head: Inversion, person: Person, device: str, rays: int | None) -> tuple[dict[str, list[float]], torch.Tensor]:
     """PSNR and depth error of every view, and the pictures."""
-    rendering = render_all(head, person.cameras, device)
+    rendering = render_all(head, person.cameras, device, rays)
     shape = render_all(head, person.cameras, device, DEPTH_SIDE)
     mask = torch.maximum(person.target.alpha, rendering.alpha.clamp(0, 1))
     found = psnr(((rendering.image + 1) / 2).clamp(0, 1), (person.target.image + 1) / 2, mask)
@@ -117,10 +117,10 @@ def measure(index: int) -> tuple[dict[str, dict[str, list[float]]], np.ndarray]:
         views = person.views(count)
         guess = guess_codes(prior, views)[:, None].expand(-1, prior.generator.num_ws, -1)
         guessed = Inversion(generator=prior.generator, own=torch.zeros(1, 3, 1, 1, 1), person=guess[:1], moments=guess, drift=0.0)
-        results[f"{name}, guess"], _ = scores(guessed, person, device)
+        results[f"{name}, guess"], _ = scores(guessed, person, device, config.rays)
         prior.generator.to("cpu")
         inversion = invert(prior, views, config, device=device)
-        results[name], pictures = scores(inversion, person, device)
+        results[name], pictures = scores(inversion, person, device, config.rays)
         strips.append(pictures)
     rows = [torch.cat(list(strip[[0, *range(len(FIT), len(VIEWS))]]), -1) for strip in strips]
     picture = torch.cat(rows, -2).permute(1, 2, 0)  # h w c

@@ -42,6 +42,24 @@ def test_groups_are_numbered_from_zero(folder: Path) -> None:
     assert heads.sample.tolist() == [1, 0, 1] and heads.person.tolist() == [0, 0, 0]
 
 
+def test_distances_are_read_and_mirrored_like_their_pictures(folder: Path) -> None:
+    assert load_heads(folder).look_deep(torch.tensor([0]), torch.tensor([0])) is None
+    depth = np.arange(12, dtype=np.float32).reshape(3, 2, 2) / 4
+    np.save(folder / "depth.npy", depth)
+    found = load_heads(folder).look_deep(torch.tensor([1, 2]), torch.tensor([0, 1]))
+    assert found is not None and found[:, 0].tolist() == [depth[1].tolist(), depth[2, :, ::-1].tolist()]
+
+
+@pytest.mark.parametrize("content", [b"", b"no numbers"])
+def test_unfit_distances_are_refused(folder: Path, content: bytes) -> None:
+    (folder / "depth.npy").write_bytes(content)
+    with pytest.raises(MediaError, match=r"depth\.npy"):
+        load_heads(folder)
+    np.save(folder / "depth.npy", np.zeros((2, 4, 4)))
+    with pytest.raises(MediaError, match=r"shape \(2, 4, 4\).*each of 3 pictures"):
+        load_heads(folder)
+
+
 def test_pictures_are_resized(folder: Path) -> None:
     heads = load_heads(folder, 4)
     assert heads.images.shape == (3, 4, 4, 4) and heads.images[1, 2, 2].tolist() == [10, 20, 30, 255]

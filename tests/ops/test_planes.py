@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from talk3d.ops.planes import convolve_rolled_out, project_points, roll_out, sample_planes
+from talk3d.ops.planes import convolve_rolled_out, gather_planes, project_points, roll_out, sample_planes
 
 AXES = {"fixed": "xy xz zy", "released": "xy xz zx"}
 """Along the columns and the rows of each plane."""
@@ -42,6 +42,16 @@ def test_lookup_is_the_mean_of_three_bilinear_ones() -> None:
         for n in range(20):
             expected = sum(slow_sample(planes[b, p], *coordinates[b, p, n].tolist()) for p in range(3)) / 3
             torch.testing.assert_close(found[b, n], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_gathered_corners_and_their_gradients_equal_the_lookup() -> None:
+    planes, coordinates = torch.randn(2, 3, 4, 5, 6, requires_grad=True), 2.4 * torch.rand(2, 3, 20, 2) - 1.2
+    coordinates[0, 0, 0] = torch.tensor([1 / 6, -1.0])  # a pixel's centre along the row, the border along the column
+    weight = torch.randn(2, 20, 4)
+    found, expected = (look_up(planes, coordinates) for look_up in (gather_planes, sample_planes))
+    torch.testing.assert_close(found, expected)
+    gradients = [torch.autograd.grad((x * weight).sum(), planes)[0] for x in (found, expected)]
+    torch.testing.assert_close(*gradients)
 
 
 def test_outside_the_planes_there_is_nothing() -> None:

@@ -90,6 +90,14 @@ def test_empty_space_is_black_clear_and_far() -> None:
     assert rendered.eq(0).all() and opacity.eq(0).all() and depth.eq(3).all()
 
 
+def test_empty_space_lets_gradients_through() -> None:
+    density = torch.tensor([[[-200.0, -200.0, -200.0], [0.0, 5.0, 5.0]]], requires_grad=True)
+    distances = torch.tensor([1.0, 2.0, 3.0]).expand(1, 2, 3)
+    _, _, depth = composite(torch.ones(1, 2, 3, 1), density, distances)
+    (gradient,) = torch.autograd.grad(depth.sum(), density)
+    assert gradient.isfinite().all() and not gradient[0, 0].any() and gradient[0, 1].any()
+
+
 def test_importance_samples_gather_where_the_weights_are() -> None:
     distances = torch.linspace(0, 1, 33).expand(1, 1, 33)
     weights = torch.zeros(1, 1, 32)

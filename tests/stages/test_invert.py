@@ -13,7 +13,7 @@ from talk3d.ops.geometry import head_camera
 from talk3d.presets import TINY_ENCODER
 from talk3d.stages.invert import InversionConfig, Views, guess_codes, invert
 from talk3d.training.losses import PictureTarget
-from talk3d.types import Camera
+from talk3d.types import Camera, Triplane
 
 SHORT = InversionConfig(inversion_steps=4, tuning_steps=4)
 YAWS = torch.tensor([-0.4, 0.0, 0.4])
@@ -80,6 +80,26 @@ def test_locality_keeps_what_the_pictures_do_not_show(prior: Prior) -> None:
         with torch.no_grad():
             changes.append((found.generator.render(found.person, side).raw - prior.generator.render(found.person, side).raw).abs().mean().item())
     assert changes[1] < 0.7 * changes[0] and math.isfinite(changes[1])
+
+
+def test_the_persons_shape_stays_where_the_pictures_do_not_show_it(prior: Prior) -> None:
+    ws = prior.generator.mapping(torch.randn(1, 8))
+    views, _ = painted(prior, ws, torch.zeros(3, dtype=torch.long))
+    clear = PictureTarget(image=torch.full_like(views.target.image[:1], -1.0), alpha=torch.zeros_like(views.target.alpha[:1]))
+    front = Views(target=clear, cameras=views.cameras[1:2], moment=torch.zeros(1, dtype=torch.long))
+    config = InversionConfig(
+        inversion_steps=1, inversion_rate=1e-9, tuning_steps=30, tuning_rate=1e-9, own_rate=0.1, locality_weight=0.0, locality_every=2
+    )
+    side = head_camera(torch.tensor([[0.8, 0.0, 0.0]]))
+    changes = []
+    for weight in (0.0, 20.0):
+        found = invert(prior, front, replace(config, shape_weight=weight))
+        with torch.no_grad():
+            planes = found.generator.triplane(found.person)
+            own = Triplane(planes=planes.planes + found.own, axes=planes.axes)
+            shown, before = (found.generator.render_triplane(x, found.person[:, -1], side) for x in (own, planes))
+        changes.append((shown.raw_alpha - before.raw_alpha).abs().mean().item())
+    assert changes[1] < 0.7 * changes[0]
 
 
 def test_the_person_can_be_frozen(prior: Prior) -> None:

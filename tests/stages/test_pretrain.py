@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 from collections.abc import Mapping
 from dataclasses import replace
@@ -75,6 +76,16 @@ def test_it_learns_what_the_pictures_show(balls: Path) -> None:
     with torch.no_grad():
         alpha = prior.generator.render(prior.generator.mapping(torch.randn(1, 8), None, 0.0), camera).alpha[0, 0]
     assert alpha[24:40, 24:40].mean() > alpha[:8, :8].mean() + 0.2
+
+
+def test_it_learns_distances_where_the_data_set_has_them(balls: Path, tmp_path: Path) -> None:
+    heads = tmp_path / "heads"
+    shutil.copytree(balls, heads)
+    np.save(heads / "depth.npy", np.full((12, 16, 16), 2.6, np.float16))
+    heard: list[dict[str, float]] = []
+    config = PretrainConfig(steps=60, samples_per_step=2, encoder=TINY_ENCODER, learning_rate=1e-2, depth_weight=10.0, coarse_part=0.3)
+    pretrain(heads, config, start=TINY, progress=lambda stage, _n, _t, values: heard.append(dict(values)) if stage == "pretrain" else None)
+    assert heard[-1]["depth"] < 0.5 * heard[0]["depth"]
 
 
 @pytest.mark.parametrize("mode", ["supervised", "adversarial"])

@@ -15,6 +15,7 @@ from talk3d.training.losses import (
     MouthShapes,
     PictureTarget,
     density_variation,
+    depth_loss,
     hearing_losses,
     laplacian_l1,
     laplacian_pyramid,
@@ -93,6 +94,16 @@ def test_losses_do_not_depend_on_size_or_batch() -> None:
         return {name: round(value.item(), 5) for name, value in found.items()}
 
     assert losses(1, 16) == losses(3, 32)
+
+
+def test_distances_are_compared_where_they_are_known_at_the_rays() -> None:
+    seen = replace(rendering(torch.zeros(1, 3, 4, 4), torch.ones(1, 1, 4, 4)), depth=torch.full((1, 1, 2, 2), 2.5))
+    truth = torch.full((1, 1, 4, 4), 2.7)
+    truth[..., 2:, 2:] = torch.tensor([[2.5, 2.5], [2.5, 0.0]])  # one of these four is not known
+    assert depth_loss(seen, truth).item() == pytest.approx(0.2, abs=1e-6)
+    truth[..., 0, 0] = 3.1
+    assert depth_loss(seen, truth).item() == pytest.approx((0.3 + 0.2 + 0.2) / 3, abs=1e-6)
+    assert depth_loss(seen, torch.zeros(1, 1, 4, 4)).item() == 0
 
 
 def test_density_variation_is_zero_for_flat_planes_and_grows_with_roughness() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Float16, Int, UInt8
 from PIL import Image
 from torch import Tensor
 
@@ -29,11 +29,14 @@ class HeadDataset:
     """Pictures of one number show the same moment of the same person."""
     person: Int[Tensor, " n"]
     """Which person, from 0."""
+    depth: Float16[Tensor, "n p p"] | None = None
+    """Distance from the camera along each ray, scene units; 0 where it is not known."""
 
     def to(self, device: str) -> "HeadDataset":
         """Return the data set on another device; pictures that would take more than half of a GPU's free memory stay where they are."""
         fits = torch.device(device).type != "cuda" or 2 * self.images.numel() < torch.cuda.mem_get_info(device)[0]
-        return replace(self, images=self.images.to(device) if fits else self.images, cameras=self.cameras.to(device))
+        depth = None if self.depth is None else self.depth.to(device)
+        return replace(self, images=self.images.to(device) if fits else self.images, cameras=self.cameras.to(device), depth=depth)
 
     def look(self, index: Int[Tensor, " b"], mirrored: Int[Tensor, " b"]) -> tuple[Float[Tensor, "b 4 h w"], Camera]:
         """Pick pictures as RGBA in [0, 1], not premultiplied, on the cameras' device, left and right swapped where `mirrored` is 1."""
@@ -41,6 +44,13 @@ class HeadDataset:
         chosen = self.images[index.to(self.images.device)].to(device)
         rgba = chosen.permute(0, 3, 1, 2).float() / 255  # b c h w
         return mirror(rgba, self.cameras[index.to(device)], mirrored.to(device))
+
+    def look_deep(self, index: Int[Tensor, " b"], mirrored: Int[Tensor, " b"]) -> Float[Tensor, "b 1 p p"] | None:
+        """Return these pictures' distances, left and right swapped where `mirrored` is 1; None where the data set has none."""
+        if self.depth is None:
+            return None
+        depth = self.depth[index.to(self.depth.device)].float().unsqueeze(1)
+        return torch.where(mirrored.to(depth.device).bool()[:, None, None, None], depth.flip(-1), depth)
 
 
 def mirror(images: Float[Tensor, "b c h w"], camera: Camera, mirrored: Int[Tensor, " b"]) -> tuple[Float[Tensor, "b c h w"], Camera]:
@@ -59,7 +69,7 @@ def load_heads(path: Path, side: int | None = None, progress: Callable[[int, int
     """Read a data set.
 
     `samples.npz`, where present, says which pictures belong together (arrays `sample` and `person`); without it every picture is a sample
-    and a person of its own.
+    and a person of its own. `depth.npy`, where present, is the distance along the rays of each picture, float16 n p p, 0 where unknown.
 
     Args:
         path: a folder or a zip that holds `dataset.json` and the pictures it names.
@@ -84,6 +94,7 @@ def load_heads(path: Path, side: int | None = None, progress: Callable[[int, int
         cameras=Camera.from_label(torch.from_numpy(numbers)),
         sample=torch.from_numpy(sample),
         person=torch.from_numpy(person),
+        depth=_read_depth(path, read, len(names)),
     )
 
 
@@ -107,6 +118,19 @@ def _read_groups(path: Path, read: Callable[[str], bytes], count: int) -> list[I
     except (KeyError, ValueError, OSError, AssertionError, zipfile.BadZipFile) as error:
         raise MediaError(f"samples.npz of {path} is unfit ({error}): it must hold the arrays sample and person, one number a picture") from error
     return numbers
+
+
+def _read_depth(path: Path, read: Callable[[str], bytes], count: int) -> Float16[Tensor, "n p p"] | None:
+    try:
+        content = read("depth.npy")
+    except (FileNotFoundError, KeyError):  # a folder and a zip without it
+        return None
+    try:
+        depth = np.load(io.BytesIO(content), allow_pickle=False).astype(np.float16, copy=False)
+        assert depth.ndim == 3 and len(depth) == count and depth.shape[1] == depth.shape[2], f"of shape {depth.shape}"
+    except (ValueError, OSError, EOFError, AssertionError) as error:
+        raise MediaError(f"depth.npy of {path} is unfit ({error}): it must hold one square of distances for each of {count} pictures") from error
+    return torch.from_numpy(depth)
 
 
 def _read_pictures(

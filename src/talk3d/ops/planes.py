@@ -47,6 +47,27 @@ def sample_planes(planes: Float[Tensor, "b 3 c h w"], coordinates: Float[Tensor,
     return found.view(batch, 3, channels, -1).mean(1).transpose(1, 2)  # b n c
 
 
+def gather_planes(planes: Float[Tensor, "b 3 c h w"], coordinates: Float[Tensor, "b 3 n 2"]) -> Float[Tensor, "b n c"]:
+    """Do what `sample_planes` does, corner by corner: compiled for a GPU, looking up and learning take a quarter of its time."""
+    batch, _, channels, height, width = planes.shape
+    rows = planes.permute(0, 1, 3, 4, 2).reshape(-1, channels)
+    first = torch.arange(3 * batch, device=planes.device).view(batch, 3, 1) * (height * width)
+    side = torch.tensor([width, height], device=planes.device)
+    position = (coordinates + 1) * (side / 2) - 0.5  # in pixels, of their centres
+    corner = position.floor()
+    part = position - corner
+    total = torch.zeros_like(part[..., :1])
+    for right in (0, 1):
+        for below in (0, 1):
+            step = torch.tensor([right, below], device=planes.device)
+            column, row = (corner + step).unbind(-1)
+            inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
+            weight = (part * step + (1 - part) * (1 - step)).prod(-1) * inside  # b 3 n
+            index = first + row.clamp(0, height - 1).long() * width + column.clamp(0, width - 1).long()
+            total = total + rows[index] * weight.unsqueeze(-1).to(rows.dtype)
+    return total.mean(1)
+
+
 def roll_out(planes: Float[Tensor, "b 3 c h w"], order: RollOut = "consistent") -> Float[Tensor, "b 3 d h w"]:
     """Give every plane what the two others know along their shared axis: c becomes 3c channels, c of each plane in their order.
 

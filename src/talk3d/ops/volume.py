@@ -89,8 +89,9 @@ def composite(
     per_sample = (F.pad(weights, (1, 0)) + F.pad(weights, (0, 1))) / 2
     rendered = (per_sample.unsqueeze(-2).to(features.dtype) @ features).squeeze(-2).to(density.dtype)
     opacity = weights.sum(-1, keepdim=True)
-    depth = (per_sample * distances).sum(-1, keepdim=True) / opacity
-    depth = torch.nan_to_num(depth, float("inf")).clamp(distances.min(), distances.max())
+    hit = opacity > 0  # where nothing is, dividing would also spoil the gradient
+    depth = (per_sample * distances).sum(-1, keepdim=True) / torch.where(hit, opacity, torch.ones_like(opacity))
+    depth = torch.where(hit, depth, torch.full_like(depth, float("inf"))).clamp(distances.min(), distances.max())
     if white_back:
         rendered = rendered + 1 - opacity
     return rendered, opacity, depth

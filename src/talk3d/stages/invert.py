@@ -43,14 +43,20 @@ class InversionConfig:
     """Adam's learning rate of the generator at the start of tuning."""
     own_rate: float = 0.03
     """Adam's learning rate of the planes' own part at the start of tuning, in units of the planes' standard deviation."""
+    own_sides: float = 1.0
+    """The same for the two planes that a front view does not look on to, as a share."""
+    rays: int | None = None
+    """Rays a side of the pictures that are compared; None takes the prior's."""
     offset_weight: float = 0.02
     """Of the mean square of the moments' offsets, in units of the prior's spread."""
     person_weight: float = 0.002
     """Of the mean square distance of the person's code from where the search started, in units of the prior's spread."""
     locality_weight: float = 1.0
     """Of the change of heads near the person while tuning."""
+    shape_weight: float = 1.0
+    """Of the change of the person's own shape while tuning, seen from a random side: what the pictures do not show must stay plausible."""
     locality_every: int = 3
-    """Every which tuning step that change is measured."""
+    """Every which tuning step these changes are measured, in turn."""
     validation_every: int = 25
     """Every which tuning step the views kept for validation are looked at, where there are any."""
 
@@ -160,7 +166,9 @@ def invert(
         person = search.codes.person_rows()
     drift = search.drift(tuned.generator)
     progress(stage, total, total, {"drift": drift})
-    return Inversion(generator=tuned.generator.cpu(), own=tuned.own.detach().cpu(), person=person.cpu(), moments=moments.cpu(), drift=drift)
+    return Inversion(
+        generator=tuned.generator.cpu(), own=(tuned.own * tuned.share).detach().cpu(), person=person.cpu(), moments=moments.cpu(), drift=drift
+    )
 
 
 class _Codes(nn.Module):
@@ -187,15 +195,22 @@ class _Codes(nn.Module):
 class _Tuned(nn.Module):
     """The generator that is tuned, and what is added to the planes it paints."""
 
-    def __init__(self, generator: TriplaneGenerator) -> None:
+    share: Tensor
+
+    def __init__(self, generator: TriplaneGenerator, sides: float, rays: int | None) -> None:
         super().__init__()
-        self.generator = generator
+        self.generator, self.rays = generator, rays
         config = generator.renderer_config
         self.own = nn.Parameter(torch.zeros(1, 3, config.plane_channels, config.plane_resolution, config.plane_resolution))
+        self.register_buffer("share", torch.tensor([1.0, sides, sides]).view(1, 3, 1, 1, 1))
+
+    def triplane(self, ws: Float[Tensor, "b n w"]) -> Triplane:
+        painted = self.generator.triplane(ws)
+        return Triplane(planes=painted.planes + self.own * self.share, axes=painted.axes)
 
     def render(self, ws: Float[Tensor, "b n w"], camera: Camera, rays: torch.Generator | None = None) -> Rendering:
-        painted = self.generator.triplane(ws)
-        return self.generator.render_triplane(Triplane(planes=painted.planes + self.own, axes=painted.axes), ws[:, -1], camera, generator=rays)
+        seen = self.triplane(ws)
+        return self.generator.render_triplane(seen, ws[:, -1], camera, generator=rays, neural_rendering_resolution=self.rays)
 
 
 class _Search:
@@ -204,7 +219,7 @@ class _Search:
     def __init__(self, prior: Prior, views: Views, config: InversionConfig, *, device: str, seed: int) -> None:
         self.config, self.device = config, device
         self.reference = copy.deepcopy(prior.generator).to(device).eval().requires_grad_(False)
-        self.tuned = _Tuned(copy.deepcopy(prior.generator)).to(device).eval()
+        self.tuned = _Tuned(copy.deepcopy(prior.generator), config.own_sides, config.rays).to(device).eval()
         self.generator = self.tuned.generator
         self.codes = _Codes(guess_codes(prior, views), prior.w_std, self.generator.num_ws).to(device)
         self.image, self.alpha = views.target.image.to(device), views.target.alpha.to(device)
@@ -240,6 +255,9 @@ class _Search:
         elif number % self.config.locality_every == 0:
             terms["locality"] = self._locality()
             weights["locality"] = self.config.locality_weight
+        if not inverting and self.config.shape_weight and number % self.config.locality_every == 1 % self.config.locality_every:
+            terms["shape"] = self._shape()
+            weights["shape"] = self.config.shape_weight
         loss = weighted_sum(terms, weights)
         active.zero_grad(set_to_none=True)
         loss.backward()
@@ -270,7 +288,7 @@ class _Search:
         camera = head_camera((torch.rand(count, 3, generator=choice) * 2 - 1) * torch.tensor([0.5, 0.2, 0.0])).to(self.device)
         with torch.no_grad():
             ws = self.reference.mapping(z, camera.to_label() if generator.config.c_dim else None)
-            now, before = (self._raw(one, ws, camera) for one in (generator, self.reference))
+            now, before = (_look(one, one.triplane(ws), camera) for one in (generator, self.reference))
         return float(F.l1_loss(now[0], before[0]) + F.l1_loss(now[1], before[1]))
 
     def _locality(self) -> Float[Tensor, ""]:
@@ -278,14 +296,28 @@ class _Search:
         choice = self.generators["choice"]
         z = torch.randn(1, self.generator.config.z_dim, generator=choice).to(self.device)
         amount = 0.5 * torch.rand(1, generator=choice).item()
+        camera = self._random_side()
         with torch.no_grad():
             label = self.cameras[:1].to_label() if self.generator.config.c_dim else None
             ws = torch.lerp(self.codes.person_rows(), self.reference.mapping(z, label), amount)
-        angles = (torch.rand(1, 3, generator=choice) * 2 - 1) * torch.tensor([0.9, 0.3, 0.0])
-        camera = head_camera(angles).to(self.device)
-        now, before = (self._raw(generator, ws, camera) for generator in (self.generator, self.reference))
-        return F.l1_loss(now[0], before[0].detach()) + F.l1_loss(now[1], before[1].detach())
+            before = _look(self.reference, self.reference.triplane(ws), camera)
+        now = _look(self.generator, self.generator.triplane(ws), camera)
+        return F.l1_loss(now[0], before[0]) + F.l1_loss(now[1], before[1])
 
-    def _raw(self, generator: TriplaneGenerator, ws: Float[Tensor, "b n w"], camera: Camera) -> tuple[Tensor, Tensor]:
-        rendering = generator.render_triplane(generator.triplane(ws), ws[:, -1], camera, neural_rendering_resolution=32)
-        return rendering.raw, rendering.raw_alpha
+    def _shape(self) -> Float[Tensor, ""]:
+        """Change of the person's matte and distance, from a random side."""
+        rows, camera = self.codes.person_rows().detach(), self._random_side()
+        with torch.no_grad():
+            _, matte, distance = _look(self.reference, self.reference.triplane(rows), camera)
+        _, now, here = _look(self.generator, self.tuned.triplane(rows), camera)
+        return F.l1_loss(now, matte) + ((here - distance).abs() * matte).mean()
+
+    def _random_side(self) -> Camera:
+        angles = (torch.rand(1, 3, generator=self.generators["choice"]) * 2 - 1) * torch.tensor([0.9, 0.3, 0.0])
+        return head_camera(angles).to(self.device)
+
+
+def _look(generator: TriplaneGenerator, triplane: Triplane, camera: Camera, side: int = 32) -> tuple[Tensor, Tensor, Tensor]:
+    """Render few rays; return their colours in [-1, 1], opacities and distances."""
+    features, alpha, depth = generator.render_rays(triplane, generator.rays(camera, side))
+    return 2 * features[..., :3] - 1, alpha, depth

@@ -25,10 +25,11 @@ from talk3d.models.avatar import Prior
 from talk3d.models.encoder import Encoder, EncoderConfig
 from talk3d.models.generator import GeneratorConfig, TriplaneGenerator
 from talk3d.models.layers import EqualLinear
+from talk3d.ops.planes import gather_planes, project_points, sample_planes
 from talk3d.stages.adversarial import AdversarialConfig, AdversarialTrainer, conditioned
 from talk3d.stages.show import head_sheet
 from talk3d.training.loop import Average, Loop, average_gradients, cosine_decay, processes
-from talk3d.training.losses import PictureTarget, density_variation, picture_losses, target_from_rgba, weighted_sum
+from talk3d.training.losses import PictureTarget, density_variation, depth_loss, picture_losses, target_from_rgba, weighted_sum
 from talk3d.types import Camera, Progress, Triplane, silent
 
 
@@ -62,6 +63,8 @@ class PretrainConfig:
     """Of the mattes' difference."""
     raw_weight: float = 0.5
     """Of the L1 difference of raw pictures."""
+    depth_weight: float = 4.0
+    """Of the distances' mean absolute error, scene units, where the data set has distances."""
     density_weight: float = 0.002
     """Of the total variation of density."""
     code_weight: float = 1e-3
@@ -146,7 +149,8 @@ def _own_share(heads: HeadDataset, config: PretrainConfig) -> HeadDataset:
     if not len(index):
         raise ConfigError(f"there are fewer people than processes ({count}): start fewer")
     renumbered = {name: torch.unique(getattr(heads, name)[index], return_inverse=True)[1] for name in ("sample", "person")}
-    return HeadDataset(images=heads.images[index], cameras=heads.cameras[index], **renumbered)
+    depth = None if heads.depth is None else heads.depth[index]
+    return HeadDataset(images=heads.images[index], cameras=heads.cameras[index], depth=depth, **renumbered)
 
 
 def _make_trainer(
@@ -171,12 +175,13 @@ def _make_trainer(
 
 def _quicken(generator: TriplaneGenerator, compiled: bool) -> None:
     """Let a generator paint planes, decode points and sharpen pictures in bfloat16, compiled if wished; rays, densities and sums stay in float32."""
-    axes, device = generator.renderer_config.plane_axes, next(generator.parameters()).device.type
-    plain_query, synthesis, superresolution = generator.query, generator.backbone["synthesis"], generator.superresolution
+    config, device = generator.renderer_config, next(generator.parameters()).device.type
+    synthesis, superresolution, look_up = generator.backbone["synthesis"], generator.superresolution, gather_planes if compiled else sample_planes
 
     def decode(planes: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
         with torch.autocast(device, torch.bfloat16):
-            density, features = plain_query(Triplane(planes=planes, axes=axes), points)
+            coordinates = project_points(points, config.plane_axes, config.box_warp)
+            density, features = generator.decoder(look_up(planes, coordinates))
         return density.float(), features
 
     def halved(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -220,7 +225,7 @@ class SupervisedTrainer:
             {"params": [p for n, p in generator.named_parameters() if "mapping" not in n], "lr": config.learning_rate},
             {"params": list(encoder.parameters()), "lr": config.encoder_rate},
         ]
-        self.optimizers = {"adam": torch.optim.Adam(parts, betas=(0.9, 0.99))}
+        self.optimizers = {"adam": torch.optim.Adam(parts, betas=(0.9, 0.99), fused=torch.device(device).type == "cuda")}
         self.generators = {"choice": torch.Generator(), "rays": torch.Generator(device)}
         order = torch.argsort(heads.sample, stable=True)
         self.views = torch.split(order, torch.bincount(heads.sample).tolist())
@@ -255,9 +260,9 @@ class SupervisedTrainer:
         scale = cosine_decay(number / config.steps, 0.01) * min(1.0, (1 + number) / 100)
         for group, rate in zip(optimizer.param_groups, (config.learning_rate, config.encoder_rate), strict=True):
             group["lr"] = rate * scale
-        w, target, camera = self._batch()
+        w, target, camera, depth = self._batch()
         noise = torch.randn(w.shape, generator=self.generators["rays"], device=w.device)
-        terms = self._terms(w + config.code_noise * noise, target, camera, coarse=number < config.coarse_part * config.steps)
+        terms = self._terms(w + config.code_noise * noise, target, camera, depth, coarse=number < config.coarse_part * config.steps)
         terms["code"] = w.square().mean()
         loss = weighted_sum(terms, {name: getattr(config, f"{name}_weight") for name in terms})
         optimizer.zero_grad(set_to_none=True)
@@ -267,7 +272,9 @@ class SupervisedTrainer:
         self.average.update(self.networks, number)
         return {name: term.detach() for name, term in terms.items()}
 
-    def _terms(self, w: Float[Tensor, "s w"], target: PictureTarget, camera: Camera, coarse: bool) -> dict[str, Float[Tensor, ""]]:
+    def _terms(
+        self, w: Float[Tensor, "s w"], target: PictureTarget, camera: Camera, depth: Float[Tensor, "b 1 p p"] | None, coarse: bool
+    ) -> dict[str, Float[Tensor, ""]]:
         views, generator = self.config.views_per_sample, self.generator
         triplane = generator.triplane(w[:, None].expand(-1, generator.num_ws, -1))
         repeated = Triplane(planes=triplane.planes.repeat_interleave(views, 0), axes=triplane.axes)
@@ -275,26 +282,28 @@ class SupervisedTrainer:
         rendering = generator.render_triplane(
             repeated, w.repeat_interleave(views, 0), camera, generator=self.generators["rays"], neural_rendering_resolution=rays
         )
-        return picture_losses(rendering, target) | {"density": density_variation(generator, triplane, self.generators["rays"])}
+        known = {} if depth is None else {"depth": depth_loss(rendering, depth)}
+        return picture_losses(rendering, target) | known | {"density": density_variation(generator, triplane, self.generators["rays"])}
 
-    def _batch(self) -> tuple[Float[Tensor, "s w"], PictureTarget, Camera]:
+    def _batch(self) -> tuple[Float[Tensor, "s w"], PictureTarget, Camera, Float[Tensor, "b 1 p p"] | None]:
         config, choice = self.config, self.generators["choice"]
         samples = torch.randint(len(self.views), (config.samples_per_step,), generator=choice)
         mirrored = torch.randint(2, (config.samples_per_step,), generator=choice)
         num_inputs = int(torch.randint(1, config.most_input_views + 1, (1,), generator=choice))
-        seen, camera = self._pictures(samples, mirrored, num_inputs)
+        seen, camera = self._look(self._pick(samples, num_inputs), mirrored.repeat_interleave(num_inputs))
         with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=config.mixed_precision):
             w = self.encoder(seen.image.unflatten(0, (-1, num_inputs)), seen.alpha.unflatten(0, (-1, num_inputs)), camera).float()
-        return w, *self._pictures(samples, mirrored, config.views_per_sample)
+        shown, flipped = self._pick(samples, config.views_per_sample), mirrored.repeat_interleave(config.views_per_sample)
+        return w, *self._look(shown, flipped), self.heads.look_deep(shown, flipped)
 
-    def _pictures(self, samples: Int[Tensor, " s"], mirrored: Int[Tensor, " s"], count: int) -> tuple[PictureTarget, Camera]:
+    def _pick(self, samples: Int[Tensor, " s"], count: int) -> Int[Tensor, " b"]:
         """`count` random pictures of each of these moments, as different as there are."""
         picks = []
         for sample in samples.tolist():
             views = self.views[sample]
             order = torch.randperm(len(views), generator=self.generators["choice"])
             picks.append(views[order.repeat(-(-count // len(views)))[:count]])
-        return self._look(torch.cat(picks), mirrored.repeat_interleave(count))
+        return torch.cat(picks)
 
     def _look(self, index: Int[Tensor, " b"], mirrored: Int[Tensor, " b"]) -> tuple[PictureTarget, Camera]:
         rgba, camera = self.heads.look(index, mirrored)

@@ -86,6 +86,13 @@ def picture_losses(rendering: Rendering, target: PictureTarget, weight: Float[Te
     }
 
 
+def depth_loss(rendering: Rendering, truth: Float[Tensor, "b 1 p p"]) -> Float[Tensor, ""]:
+    """Mean absolute difference of distances, scene units, where the truth is known (above 0); finer truth is averaged to the rays."""
+    cells = truth.shape[-1] // rendering.depth.shape[-1]
+    known = 1 - F.max_pool2d((truth <= 0).float(), cells)
+    return ((rendering.depth - F.avg_pool2d(truth, cells)).abs() * known).sum() / known.sum().clamp(min=1)
+
+
 def density_variation(
     renderer: TriplaneRenderer, triplane: Triplane, generator: torch.Generator, num_points: int = 1000, distance: float = 0.004
 ) -> Float[Tensor, ""]:
