@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from talk3d.errors import ConfigError
 from talk3d.models.avatar import PersonalizedGenerator, Prior
 from talk3d.models.generator import TriplaneGenerator
+from talk3d.models.renderer import RendererConfig
 from talk3d.ops.geometry import head_camera
 from talk3d.training.loop import Best, Loop, cosine_decay
 from talk3d.training.losses import LOSS_WEIGHTS, PictureTarget, picture_losses, weighted_sum
@@ -37,16 +38,16 @@ class InversionConfig:
     """Steps of the search for the codes."""
     inversion_rate: float = 0.05
     """Adam's learning rate of the codes."""
-    tuning_steps: int = 160
+    tuning_steps: int = 320
     """Steps of tuning the generator."""
     tuning_rate: float = 1e-3
     """Adam's learning rate of the generator at the start of tuning."""
     own_rate: float = 0.03
     """Adam's learning rate of the planes' own part at the start of tuning, in units of the planes' standard deviation."""
-    own_sides: float = 1.0
-    """The same for the two planes that a front view does not look on to, as a share."""
+    own_sides: float = 0.3
+    """The same for the two planes that a front view does not look on to, as a share: what they learn from it shows as streaks from the side."""
     rays: int | None = None
-    """Rays a side of the pictures that are compared; None takes the prior's."""
+    """Rays a side of the pictures that are compared; None takes as many as super-resolution takes as they are."""
     offset_weight: float = 0.02
     """Of the mean square of the moments' offsets, in units of the prior's spread."""
     person_weight: float = 0.002
@@ -100,6 +101,12 @@ class Inversion:
     def personalized(self, provenance: Mapping[str, object]) -> PersonalizedGenerator:
         """Freeze the generator at the person's style rows."""
         return PersonalizedGenerator.from_generator(self.generator, self.person, provenance, self.own)
+
+
+def finer_rays(sizes: RendererConfig) -> int:
+    """Rays a side for one person: half as many again as the prior learnt with, as far as super-resolution takes them as they are."""
+    usual = sizes.neural_rendering_resolution
+    return max(usual, min(3 * usual // 2, sizes.superresolution.input_side))
 
 
 def guess_codes(prior: Prior, views: Views) -> Float[Tensor, "m w"]:
@@ -197,12 +204,12 @@ class _Tuned(nn.Module):
 
     share: Tensor
 
-    def __init__(self, generator: TriplaneGenerator, sides: float, rays: int | None) -> None:
+    def __init__(self, generator: TriplaneGenerator, config: InversionConfig) -> None:
         super().__init__()
-        self.generator, self.rays = generator, rays
-        config = generator.renderer_config
-        self.own = nn.Parameter(torch.zeros(1, 3, config.plane_channels, config.plane_resolution, config.plane_resolution))
-        self.register_buffer("share", torch.tensor([1.0, sides, sides]).view(1, 3, 1, 1, 1))
+        sizes = generator.renderer_config
+        self.generator, self.rays = generator, config.rays or sizes.superresolution.input_side
+        self.own = nn.Parameter(torch.zeros(1, 3, sizes.plane_channels, sizes.plane_resolution, sizes.plane_resolution))
+        self.register_buffer("share", torch.tensor([1.0, config.own_sides, config.own_sides]).view(1, 3, 1, 1, 1))
 
     def triplane(self, ws: Float[Tensor, "b n w"]) -> Triplane:
         painted = self.generator.triplane(ws)
@@ -219,7 +226,7 @@ class _Search:
     def __init__(self, prior: Prior, views: Views, config: InversionConfig, *, device: str, seed: int) -> None:
         self.config, self.device = config, device
         self.reference = copy.deepcopy(prior.generator).to(device).eval().requires_grad_(False)
-        self.tuned = _Tuned(copy.deepcopy(prior.generator), config.own_sides, config.rays).to(device).eval()
+        self.tuned = _Tuned(copy.deepcopy(prior.generator), config).to(device).eval()
         self.generator = self.tuned.generator
         self.codes = _Codes(guess_codes(prior, views), prior.w_std, self.generator.num_ws).to(device)
         self.image, self.alpha = views.target.image.to(device), views.target.alpha.to(device)

@@ -16,15 +16,18 @@ from talk3d.errors import ConfigError, ShapeError, TrackingError
 from talk3d.io.weights import load_prior
 from talk3d.models.avatar import PersonalizedGenerator, Prior
 from talk3d.perception.landmarks import mouth_opening
-from talk3d.stages.invert import InversionConfig, Views, invert
+from talk3d.stages.invert import InversionConfig, Views, finer_rays, invert
 from talk3d.training.losses import PictureTarget, premultiply
 from talk3d.types import Clip, Progress, silent
 
 
 @dataclass(frozen=True, kw_only=True)
 class PersonalizeConfig(InversionConfig):
-    """How the person is found and the prior tuned."""
+    """How the person is found and the prior tuned: less long and less finely than where nothing follows, since training goes on from there."""
 
+    tuning_steps: int = 160
+    rays: int | None = None
+    """Rays a side of the pictures that are compared; None takes half as many again as the prior, as `train` does."""
     num_frames: int = 8
     """Frames chosen from the training part, as different in pose, mouth and blink as can be; one more is kept for validation."""
 
@@ -125,6 +128,7 @@ def personalize(
     """
     config = config or PersonalizeConfig()
     prior = prior or load_prior()
+    config = dataclasses.replace(config, rays=config.rays or finer_rays(prior.generator.renderer_config))
     side = prior.generator.config.renderer.superresolution.output_side
     if clip.frames.shape[1] != side:
         raise ShapeError(f"the clip has {clip.frames.shape[1]} pixels a side, the prior paints {side}: track the video again with --size-px {side}")

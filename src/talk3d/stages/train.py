@@ -20,6 +20,7 @@ from talk3d.models.avatar import Avatar, AvatarConfig, Performance, Personalized
 from talk3d.models.conditioning import ConditioningConfig
 from talk3d.models.deltaplane import DeltaplaneConfig
 from talk3d.models.renderer import RendererConfig
+from talk3d.stages.invert import finer_rays
 from talk3d.stages.lesson import Lesson, LessonConfig
 from talk3d.stages.personalize import face_emphasis
 from talk3d.stages.viewpoints import trained_views
@@ -192,9 +193,9 @@ def _new_avatar(person: PersonalizedGenerator, clip: Clip, config: TrainConfig, 
 
 
 def _rays_and_samples(prior: RendererConfig, config: TrainConfig) -> tuple[int, int]:
-    usual = prior.neural_rendering_resolution
-    rays = config.rays or max(usual, min(3 * usual // 2, prior.superresolution.input_side))
-    return rays, config.samples or (prior.depth_resolution if rays <= usual else -(-5 * prior.depth_resolution // 8))
+    rays = config.rays or finer_rays(prior)
+    few = rays > prior.neural_rendering_resolution
+    return rays, config.samples or (-(-5 * prior.depth_resolution // 8) if few else prior.depth_resolution)
 
 
 def with_rays(person: PersonalizedGenerator, rays: int | None, samples: int | None) -> PersonalizedGenerator:
