@@ -3,12 +3,15 @@
 import math
 from dataclasses import replace
 
+import pytest
 import torch
 
 from talk3d.ops.geometry import fit_similarity, head_camera, rotation_from_vector, vector_from_rotation, view_angles
 from talk3d.perception.facetemplate import FaceTemplate, load_template, place_shape
 from talk3d.perception.headpose import RIGID_POINTS, HeadMotion
-from talk3d.perception.headspace import settle_head_space
+from talk3d.perception.headspace import nod_head_space, settle_head_space
+from talk3d.perception.nod import nodded
+from talk3d.types import Camera
 
 SIZE = (512, 512)
 
@@ -75,3 +78,13 @@ def test_points_of_which_less_is_known_say_less():
         _, turn, _ = fit_similarity(wrong, placed)
         errors.append(vector_from_rotation(turn).norm())
     assert errors[1] < errors[0]
+
+
+def test_nodding_head_space_lifts_the_cameras_and_changes_nothing_that_they_see():
+    _, motion, landmarks = moving()
+    lifted = nod_head_space(motion, math.radians(3))
+    assert (lifted.project(lifted.face, (256, 256)) - landmarks).abs().max() < 1e-6
+    cameras = nodded(Camera(cam2world=motion.cam2world(), intrinsics=torch.eye(3).double().expand(120, 3, 3)), math.radians(3))
+    torch.testing.assert_close(lifted.cam2world(), cameras.cam2world, rtol=0, atol=1e-7)
+    rise = view_angles(lifted.rotation.mT)[:, 1] - view_angles(motion.rotation.mT)[:, 1]
+    assert rise.rad2deg().mean() == pytest.approx(3, abs=0.1)

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from talk3d.ops.geometry import CAMERA_RADIUS, HEAD_PIVOT, fit_similarity
+from talk3d.ops.geometry import CAMERA_RADIUS, HEAD_PIVOT, fit_similarity, rotation_from_vector
 from talk3d.perception.facetemplate import (
     OWN_SHAPE,
     FaceTemplate,
@@ -63,6 +63,15 @@ def settle_head_space(
         nearer = CAMERA_RADIUS / (rotation @ pivot + translation).norm(dim=-1).mean()
         motion = replace(motion, rotation=rotation, translation=translation * nearer, focal_px=motion.focal_px * float(nearer), shape=placed)
     return replace(motion, face=template.points.double() + template.people.double() @ way)
+
+
+def nod_head_space(motion: HeadMotion, angle_rad: float) -> HeadMotion:
+    """Turn head space round the head's pivot, once for the whole clip: cameras in front rise by this angle, and what they see stays."""
+    turn = rotation_from_vector(torch.tensor([-angle_rad, 0.0, 0.0], dtype=torch.float64))
+    pivot = torch.tensor(HEAD_PIVOT, dtype=torch.float64)
+    shape, face = ((points - pivot) @ turn.mT + pivot for points in (motion.shape, motion.face))
+    rotation = motion.rotation @ turn.mT
+    return replace(motion, rotation=rotation, translation=motion.translation + motion.rotation @ pivot - rotation @ pivot, shape=shape, face=face)
 
 
 def _triangulate(motion: HeadMotion, few: slice, observed: Tensor, angle: Tensor, lag: Tensor) -> tuple[Tensor, Tensor]:

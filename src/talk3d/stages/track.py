@@ -4,10 +4,11 @@ Streams through the video three times (time stamps, faces, crops), so memory doe
 """
 
 import logging
+import math
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -22,12 +23,14 @@ from talk3d.errors import ConfigError, MediaError, TrackingError
 from talk3d.io.catalogue import sha256_of
 from talk3d.io.media import VideoScan, read_audio, read_video, scan_video
 from talk3d.io.timeline import shot_starts
+from talk3d.io.weights import load_prior
 from talk3d.metrics.capture import CaptureReport, FaceMeasures, capture_report
+from talk3d.models.avatar import Prior
 from talk3d.ops.geometry import CAMERA_FOCAL, HEAD_PIVOT, view_angles
 from talk3d.perception.alignment import FaceViews, refine_motion
 from talk3d.perception.facetemplate import FaceTemplate, load_template
 from talk3d.perception.headpose import HeadMotion, solve_head_pose
-from talk3d.perception.headspace import settle_head_space
+from talk3d.perception.headspace import nod_head_space, settle_head_space
 from talk3d.perception.landmarks import (
     EYELID_PAIRS,
     LEFT_EYE_CORNERS,
@@ -38,6 +41,7 @@ from talk3d.perception.landmarks import (
     load_face_model,
     normalize_blink,
 )
+from talk3d.perception.nod import choose_views, find_nod
 from talk3d.perception.parsing import BiSeNetParser, FaceParser, SelfieMatting, steady_mattes
 from talk3d.perception.regions import OutlineParser
 from talk3d.perception.speech import PUBLISHED_FPS, SAMPLE_RATE_HZ, SpeechKind, load_speech
@@ -109,7 +113,7 @@ def track(
     config: TrackConfig = TrackConfig(),
     *,
     face_model: Path | None = None,
-    template: Tensor | None = None,
+    prior: Prior | None = None,
     progress: Progress = silent,
     review: Callable[[CaptureReport], None] = lambda report: None,
 ) -> Clip:
@@ -121,7 +125,7 @@ def track(
         video: any file with pictures and sound.
         config: see its fields.
         face_model: a face_landmarker.task; by default the one in the cache folder, else the models of the package registry.
-        template: mean face points of the prior's head space; by default those of the builtin prior.
+        prior: its head space is the clip's; by default the builtin one.
         progress: hears of every frame.
         review: hears what the capture check found, before the longer half of the work; what it raises stops the work.
 
@@ -140,9 +144,7 @@ def track(
     parser = BiSeNetParser() if config.parsing == "bisenet" else None
     model = load_face_model(face_model)
     size = (scan.width_px, scan.height_px)
-    builtin = load_template(model.kind)
-    head = builtin if template is None else replace(builtin, points=template.float().cpu())
-    faces, cuts, motion = _find_motion(scan, model, head, config, progress)
+    faces, cuts, motion = _find_motion(scan, model, load_template(model.kind), config, progress)
     num_frames = len(faces.landmarks)
     waveform = cut_sound(waveform, faces.start / config.fps + config.audio_offset_ms / 1000, num_frames / config.fps)
     face = measures(faces, np.arange(num_frames), motion, model)
@@ -151,6 +153,9 @@ def track(
     crop = _crop_maps(motion, size, config.size_px)
     face_track = _face_track(faces, motion, crop, size, config.size_px)
     frames, masks = _write_crops(scan, faces.start, crop, face_track.landmarks.numpy(), config.size_px, parser, progress)
+    nod = _nod_seen(prior or load_prior(), face_track, frames, masks)
+    motion = nod_head_space(motion, nod)  # about the middle of the crops, which stay
+    face_track = _face_track(faces, motion, crop, size, config.size_px)
     return Clip(
         frames=frames,
         fps=config.fps,
@@ -161,7 +166,7 @@ def track(
         source=str(video),
         source_sha256=sha256_of(Path(video)),
         num_training_frames=num_frames - min(round(config.held_out_s * config.fps), num_frames // 5),
-        check={**check, "smoothing": dict(motion.smoothing)},
+        check={**check, "smoothing": dict(motion.smoothing), "nod_deg": round(math.degrees(nod), 2)},
     )
 
 
@@ -348,6 +353,14 @@ def _face_track(faces: Faces, motion: HeadMotion, crop: np.ndarray, size: tuple[
         confidence=(faces.score * faces.seen)[:, None].float(),
         crop=crop,
     )
+
+
+def _nod_seen(prior: Prior, face_track: FaceTrack, frames: np.ndarray, masks: FaceMasks) -> float:
+    """By which angle the cameras of the clip are to be lifted round the head, radians."""
+    chosen = choose_views(face_track.head_pose)
+    image = torch.from_numpy(frames[chosen.numpy()]).permute(0, 3, 1, 2) / 127.5 - 1  # k c h w
+    matte = torch.from_numpy(masks.person[chosen.numpy()])[:, None] / 255
+    return find_nod(prior, image, matte, face_track.cameras[chosen])
 
 
 def cut_sound(waveform: Waveform, start_s: float, length_s: float) -> Waveform:
