@@ -53,6 +53,7 @@ def face(count: int = 1000, **changes: Any) -> FaceMeasures:
         "residual_px": 0.5,
         "crowd": 1,
         "source": "a model",
+        "looks": {frame: torch.tensor([1.0, 0.0]) for frame in range(0, count, FPS)},
     }
     return FaceMeasures(**fields | changes)
 
@@ -83,43 +84,15 @@ def test_a_good_film_is_ok_and_its_numbers_are_what_they_say():
     assert report["noise_db"] == pytest.approx(-80, abs=0.5)
     assert report["silent_share"] == pytest.approx(0.5, abs=0.01)
     assert {what: verdict for what, verdict in judgements(report).items() if verdict != "ok"} == {"sound and lips": "warning"}
+    assert (report["shot_likeness"], report["shot_likeness_s"]) == ([1.0], [0.0])
     assert len(report["series"]["time_s"]) == len(report["series"]["mouth"]) == 240
 
 
-@pytest.mark.parametrize(
-    ("given", "what", "judgement", "said"),
-    [
-        ({"scan": scan(num_duplicates=200, num_decoded=1200, source_fps=30.0)}, "frame rate", "warning", "200 of 1200 frames are doubled"),
-        ({"scan": scan(true_fps=12.0)}, "frame rate", "warning", "25 frames a second or more"),
-        ({"scan": scan(truncated=True)}, "frame rate", "warning", "ends before it should"),
-        ({"num_frames": 400}, "length", "warning", "left out"),
-        ({"num_frames": 60}, "length", "refuse", "too short"),
-        ({"cuts": (100, 300)}, "shots", "warning", "2 times, at 4 s, 12 s"),
-        ({"face": face(crop_side_px=60.0)}, "face", "refuse", "too small"),
-        ({"face": face(crop_side_px=150.0)}, "face", "warning", "small"),
-        ({"face": face(crowd=2)}, "face", "warning", "only the person to learn"),
-        ({"face": face(seen=np.arange(5, 1000))}, "face", "warning", "not found in 5 of 1000"),
-        ({"face": face(head_pose=torch.zeros(1000, 3))}, "head turns", "warning", "hardly turns"),
-        ({"face": face(landmarks=face().landmarks * torch.tensor([1.0, 0.1]))}, "mouth and eyes", "warning", "hardly opens"),
-        ({"face": face(blink=torch.zeros(1000, 1))}, "mouth and eyes", "warning", "no blink"),
-        ({"waveform": speech(level=1e-5)}, "sound", "refuse", "silent"),
-        ({"waveform": speech(level=5e-3)}, "sound", "warning", "quiet"),
-        ({"waveform": speech(level=2.0)}, "sound", "warning", "clipped"),
-        (
-            {"waveform": Waveform(samples=speech().samples + 0.05 * speech().samples.flip(0).sign(), sample_rate_hz=16000)},
-            "sound",
-            "warning",
-            "noise",
-        ),
-    ],
-)
-def test_each_fault_is_judged_with_advice(given: dict[str, Any], what: str, judgement: str, said: str):
-    report = capture_report(**{"scan": scan(), "face": face(), "waveform": speech(), **given})
-    assert judgements(report)[what] == judgement
-    assert report["verdict"] == ("refuse" if judgement == "refuse" else "usable with warnings")
-    line = next(line for line in report["lines"] if line["what"] == what)
-    assert said in f"{line['found']}: {line['advice']}"
-    assert any(said in warning for warning in report["warnings"])
+def test_the_face_of_each_shot_is_compared_with_that_of_the_longest():
+    looks = {frame: torch.tensor([0.6, 0.8] if frame >= 700 else [1.0, 0.0]) for frame in range(0, 1000, FPS)}
+    report = capture_report(scan(), face(looks=looks), speech(), cuts=(300, 700))
+    assert report["shot_likeness"] == pytest.approx([1, 1, 0.6])
+    assert report["shot_likeness_s"] == [0, 12, 28]
 
 
 def test_a_shift_between_sound_and_lips_is_reported_with_what_has_been_applied():

@@ -14,7 +14,17 @@ from safetensors.torch import load_file
 from talk3d.errors import WeightsError
 from talk3d.io.catalogue import CATALOGUE
 from talk3d.perception.facetemplate import load_template
-from talk3d.perception.identity import FIVE_POINTS, ArcFace, IdentityNetwork, Likeness, align_faces, fit_likeness, five_points, load_identity
+from talk3d.perception.identity import (
+    FIVE_POINTS,
+    ArcFace,
+    IdentityNetwork,
+    Likeness,
+    align_faces,
+    compare_shots,
+    fit_likeness,
+    five_points,
+    load_identity,
+)
 from talk3d.perception.landmarks import load_face_model, observe_picture
 
 
@@ -120,3 +130,12 @@ def test_unseen_people_are_told_apart(shared: Path) -> None:
         vectors.append(describe(torch.from_numpy(picture).permute(2, 0, 1)[None] / 255, torch.from_numpy(seen.landmarks)[None]))
     cosine = torch.cat(vectors) @ torch.cat(vectors).mT
     assert float(cosine[:4, :4].min()) > 0.6 > float(cosine[:4, 4:].max())
+
+
+def test_shots_are_compared_with_the_one_looked_at_most() -> None:
+    same, other = torch.tensor([0.8, 0.6]), torch.tensor([0.0, 1.0])
+    looks = {60: other, 50: other, 0: same, 10: same, 20: same}
+    assert compare_shots(looks, (30, 70)) == {0: pytest.approx(1), 30: pytest.approx(0.6)}  # nothing was seen from 70 on
+    assert compare_shots({}, (30,)) == {}
+    mixed = compare_shots({0: same, 25: same, 40: same, 50: other}, (30,))
+    assert mixed[30] == pytest.approx(math.cos(0.5 * math.acos(0.6)))  # a shot's mean, not its worst frame

@@ -9,6 +9,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from talk3d.errors import ConfigError, MediaError
 from talk3d.io.media import read_audio, read_video
@@ -17,6 +18,8 @@ from talk3d.stages.check import CheckConfig, check, sampled_frames
 from talk3d.types import Waveform
 
 FPS = 25
+FRONT_VIEW = "00001/img00000011.webp"
+"""Of an invented person who is not the one of the film."""
 
 
 @pytest.fixture(scope="module")
@@ -67,11 +70,23 @@ def test_a_good_take_is_measured_and_can_be_written_as_json(late: Path):
     assert report["looked_frames"] == report["frames"] == 250
     assert report["missed_frames"] == 0
     assert report["cuts"] == []
+    assert report["shot_likeness"] == [1.0]
     assert abs(report["audio_offset_ms"] or 999) <= 40
     assert report["audio_offset_applied_ms"] == -280
     assert report["size_px"] == [384, 384]
     assert report["series"]["time_s"][0] == pytest.approx(0.02)
     assert json.loads(json.dumps(report)) == report
+
+
+def test_another_person_after_a_cut_is_refused(shared: Path, takes: list[np.ndarray], sound: Waveform, tmp_path: Path):
+    head = Image.open(shared / "data" / "heads256" / FRONT_VIEW).convert("RGBA").resize((384, 384))
+    portrait = np.asarray(Image.alpha_composite(Image.new("RGBA", head.size, (90, 110, 130, 255)), head).convert("RGB"))
+    other = [np.ascontiguousarray(np.roll(portrait, index - 25, axis=1)) for index in range(50)]
+    report = check(write(tmp_path / "two.mp4", [*takes[:100], *other], sound))
+    assert report["cuts"] == [100]
+    assert report["shot_likeness"][0] == 1 > 0.6 > report["shot_likeness"][1]
+    assert line(report, "person")["judgement"] == report["verdict"] == "refuse"
+    assert "another person from 4 s on" in line(report, "person")["found"]
 
 
 def test_cuts_are_found_to_the_frame_also_between_two_takes_of_one_person(takes: list[np.ndarray], sound: Waveform, tmp_path: Path):

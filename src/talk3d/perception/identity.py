@@ -7,6 +7,7 @@ Reference: Deng et al., ArcFace (arXiv 1801.07698); Hu et al., Squeeze-and-Excit
 Belhumeur et al., Eigenfaces vs. Fisherfaces, PAMI 1997.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -176,6 +177,23 @@ class Likeness:
             landmarks: MediaPipe's order, pixels.
         """
         return F.normalize((face_features(pictures, landmarks, self.template) - self.mean) @ self.projection, dim=1)
+
+
+def compare_shots(looks: Mapping[int, Float[Tensor, " d"]], cuts: tuple[int, ...]) -> dict[int, float]:
+    """How alike the face of every shot is to that of the shot looked at most: cosine of the means of their descriptors, by the shots' first frames.
+
+    Args:
+        looks: unit vectors of the face in some frames. Shots without one are left out.
+        cuts: frames at which a new shot begins.
+    """
+    shots: dict[int, list[Tensor]] = {}
+    for frame, look in sorted(looks.items()):
+        shots.setdefault(max((cut for cut in (0, *cuts) if cut <= frame), default=0), []).append(look)
+    if not shots:
+        return {}
+    means = {begin: F.normalize(torch.stack(seen).mean(0), dim=0) for begin, seen in shots.items()}
+    main = means[max(shots, key=lambda begin: len(shots[begin]))]
+    return {begin: float(mean @ main) for begin, mean in means.items()}
 
 
 def face_features(pictures: Float[Tensor, "b 3 h w"], landmarks: Float[Tensor, "b n 2"], template: Float[Tensor, "p 3"]) -> Float[Tensor, "b f"]:

@@ -78,7 +78,7 @@ def find_nod(prior: Prior, image: Float[Tensor, "k 3 h w"], alpha: Float[Tensor,
             features = generator.render_rays(planes, generator.rays(tried, SIDE))[0][..., :3].mT.unflatten(2, (SIDE, SIDE))  # k 3 s s
             return float((2 * features - 1 - small).abs().mean())
 
-    found = minimize_scalar(error, bounds=(-MOST_RAD, MOST_RAD), method="bounded", options={"xatol": math.radians(0.1)})
+    found = minimize_scalar(error, bounds=(-MOST_RAD, MOST_RAD), method="bounded", options={"xatol": math.radians(0.3)})
     known = min(max((STRANGE - float(found.fun)) / (STRANGE - KNOWN), 0.0), 1.0)
     return known * SHARE * float(found.x)
 

@@ -13,7 +13,8 @@ import torch
 from talk3d.errors import ConfigError, MediaError, TrackingError
 from talk3d.io.media import VideoScan, read_audio, scan_video
 from talk3d.io.timeline import shot_starts
-from talk3d.metrics.capture import CaptureReport, FaceMeasures, Line, capture_report
+from talk3d.metrics.capture import CaptureReport, FaceMeasures, capture_report
+from talk3d.metrics.verdict import Line
 from talk3d.perception.facetemplate import load_template
 from talk3d.perception.headpose import solve_head_pose
 from talk3d.perception.landmarks import FaceModel, load_face_model

@@ -3,11 +3,10 @@
 Streams through the video three times (time stamps, faces, crops), so memory does not grow with its length. Prints nothing.
 """
 
-import logging
 import math
 import tempfile
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -25,12 +24,12 @@ from talk3d.io.media import VideoScan, read_audio, read_video, scan_video
 from talk3d.io.timeline import shot_starts
 from talk3d.io.weights import load_prior
 from talk3d.metrics.capture import CaptureReport, FaceMeasures, capture_report
-from talk3d.models.avatar import Prior
 from talk3d.ops.geometry import CAMERA_FOCAL, HEAD_PIVOT, view_angles
 from talk3d.perception.alignment import FaceViews, refine_motion
 from talk3d.perception.facetemplate import FaceTemplate, load_template
 from talk3d.perception.headpose import HeadMotion, solve_head_pose
 from talk3d.perception.headspace import nod_head_space, settle_head_space
+from talk3d.perception.identity import Likeness
 from talk3d.perception.landmarks import (
     EYELID_PAIRS,
     LEFT_EYE_CORNERS,
@@ -46,8 +45,6 @@ from talk3d.perception.parsing import BiSeNetParser, FaceParser, SelfieMatting, 
 from talk3d.perception.regions import OutlineParser
 from talk3d.perception.speech import PUBLISHED_FPS, SAMPLE_RATE_HZ, SpeechKind, load_speech
 from talk3d.types import Camera, Clip, FaceMasks, FaceTrack, Progress, Waveform, silent
-
-logger = logging.getLogger(__name__)
 
 ANCHOR_POINTS = (168, 263, 33)
 """Nose bridge, outer corners of the left and the right eye."""
@@ -106,6 +103,8 @@ class Faces:
     seen: Bool[Tensor, " t"]
     crowd: list[int]
     """For each look at the whole picture, how many faces of similar size there were."""
+    looks: Mapping[int, Float[Tensor, " d"]]
+    """Whose face it is, as `Likeness` tells: about once a second and where a shot begins, by frames from `start`."""
 
 
 def track(
@@ -113,7 +112,6 @@ def track(
     config: TrackConfig = TrackConfig(),
     *,
     face_model: Path | None = None,
-    prior: Prior | None = None,
     progress: Progress = silent,
     review: Callable[[CaptureReport], None] = lambda report: None,
 ) -> Clip:
@@ -125,7 +123,6 @@ def track(
         video: any file with pictures and sound.
         config: see its fields.
         face_model: a face_landmarker.task; by default the one in the cache folder, else the models of the package registry.
-        prior: its head space is the clip's; by default the builtin one.
         progress: hears of every frame.
         review: hears what the capture check found, before the longer half of the work; what it raises stops the work.
 
@@ -153,7 +150,7 @@ def track(
     crop = _crop_maps(motion, size, config.size_px)
     face_track = _face_track(faces, motion, crop, size, config.size_px)
     frames, masks = _write_crops(scan, faces.start, crop, face_track.landmarks.numpy(), config.size_px, parser, progress)
-    nod = _nod_seen(prior or load_prior(), face_track, frames, masks)
+    nod = _nod_seen(face_track, frames, masks)
     motion = nod_head_space(motion, nod)  # about the middle of the crops, which stay
     face_track = _face_track(faces, motion, crop, size, config.size_px)
     return Clip(
@@ -208,7 +205,8 @@ def find_faces(scan: VideoScan, model: FaceModel, config: TrackConfig, progress:
         TrackingError: no face, several faces, or too short a stretch with one.
     """
     tracker = FaceTracker(model, survey_every=round(config.fps))
-    cuts = set(scan.cuts)
+    cuts, describe = set(scan.cuts), Likeness(model.kind)
+    looks: dict[int, Tensor] = {}
     landmarks = np.zeros((scan.num_frames, MOST_POINTS, 2), np.float32)  # one block: many small arrays would scatter over the memory
     eyes, scores = np.zeros((scan.num_frames, 2), np.float32), np.zeros(scan.num_frames, np.float32)
     expressions: list[np.ndarray] = []
@@ -223,6 +221,8 @@ def find_faces(scan: VideoScan, model: FaceModel, config: TrackConfig, progress:
             landmarks[index, :num_points], eyes[index], scores[index] = seen.landmarks, seen.eyes_shut, seen.score
             known.append(index)
             expressions.append(seen.expression)
+            if index in cuts or index % round(config.fps) == 0:
+                looks[index] = describe(torch.from_numpy(frame).permute(2, 0, 1)[None] / 255, torch.from_numpy(seen.landmarks)[None])[0]  # 1 c h w
             if views is not None:
                 views.put(index, frame, seen.landmarks)
         progress("faces", index + 1, scan.num_frames, {"missed": index + 1 - len(known)})
@@ -241,6 +241,7 @@ def find_faces(scan: VideoScan, model: FaceModel, config: TrackConfig, progress:
         score=torch.from_numpy(scores[start:end]),
         seen=torch.from_numpy(np.isin(wanted, inside)),
         crowd=tracker.crowd,
+        looks={index - start: look for index, look in looks.items() if start <= index < end},
     )
 
 
@@ -355,12 +356,12 @@ def _face_track(faces: Faces, motion: HeadMotion, crop: np.ndarray, size: tuple[
     )
 
 
-def _nod_seen(prior: Prior, face_track: FaceTrack, frames: np.ndarray, masks: FaceMasks) -> float:
-    """By which angle the cameras of the clip are to be lifted round the head, radians."""
+def _nod_seen(face_track: FaceTrack, frames: np.ndarray, masks: FaceMasks) -> float:
+    """By which angle the cameras of the clip are to be lifted round the head, radians, as the builtin prior sees it."""
     chosen = choose_views(face_track.head_pose)
     image = torch.from_numpy(frames[chosen.numpy()]).permute(0, 3, 1, 2) / 127.5 - 1  # k c h w
     matte = torch.from_numpy(masks.person[chosen.numpy()])[:, None] / 255
-    return find_nod(prior, image, matte, face_track.cameras[chosen])
+    return find_nod(load_prior(), image, matte, face_track.cameras[chosen])
 
 
 def cut_sound(waveform: Waveform, start_s: float, length_s: float) -> Waveform:
@@ -391,4 +392,5 @@ def measures(faces: Faces, frames: np.ndarray, motion: HeadMotion, model: FaceMo
         residual_px=float(motion.residual_px.nanmedian()),
         crowd=max(faces.crowd, default=1),
         source=model.source,
+        looks={int(frames[index]): look for index, look in faces.looks.items()},
     )
