@@ -19,7 +19,7 @@ from talk3d.types import Camera, Triplane
 
 NUM_VIEWS = 8
 """Frames that are looked at."""
-SIDE = 32
+SIDE = 24
 """Rays a side."""
 MOST_RAD = math.radians(8)
 """Larger nods are not looked for."""
