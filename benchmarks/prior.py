@@ -3,15 +3,16 @@
     python benchmarks/unseen_people.py SYNTHETIC_HEADS unseen
     python benchmarks/prior.py unseen [--prior builtin] [--people 50] [--device cuda] [--processes 8] [-o prior.json] [--set tuning_steps=200]
 
-PSNR is over the union of the true and the rendered matte, pictures premultiplied over black. Depth is the mean absolute error of the distance
-along the ray where the true one is known on the head (above the chin; of 64² rays those whose neighbourhood is on it),
-in shares of the head's depth.
+What is measured is kept in the JSON after each person; a run that was stopped goes on from there. PSNR is over the union of the true and the
+rendered matte, pictures premultiplied over black. Depth is the mean absolute error of the distance along the ray where the true one is known on
+the head (above the chin; of 64² rays those whose neighbourhood is on it), in shares of the head's depth.
 """
 
 import argparse
 import dataclasses
 import json
 import multiprocessing
+from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -142,6 +143,17 @@ def table(results: list[dict[str, dict[str, list[float]]]]) -> str:
     return "\n".join(lines)
 
 
+def done_before(out: Path, facts: Mapping[str, object]) -> list[dict[str, dict[str, list[float]]]]:
+    """Return the results of people whom a stopped run with the same settings had measured."""
+    if not out.is_file():
+        return []
+    found = json.loads(out.read_text())
+    results = found.pop("results")
+    if found != json.loads(json.dumps(facts)):
+        raise SystemExit(f"{out} was measured with other settings: give another --out")
+    return results
+
+
 def main() -> None:
     """Measure everybody and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -155,16 +167,15 @@ def main() -> None:
     given = parser.parse_args()
     settings = {name: json.loads(value) for name, _, value in (setting.partition("=") for setting in given.set)}
     config = InversionConfig(**settings)
-    results, pictures = [], []
+    facts = {"prior": given.prior, "config": dataclasses.asdict(config), "views": VIEWS}
+    results = done_before(given.out, facts)
     context = multiprocessing.get_context("spawn")
     arguments = (given.prior, given.folder, config, given.device)
     with ProcessPoolExecutor(given.processes, mp_context=context, initializer=prepare, initargs=arguments) as pool:
-        for result, picture in pool.map(measure, range(given.people)):
+        for result, picture in pool.map(measure, range(len(results), given.people)):
+            Image.fromarray(picture).save(given.out.with_name(f"{given.out.stem}_{len(results):02d}.png"))
             results.append(result)
-            pictures.append(picture)
-    facts = {"prior": given.prior, "people": given.people, "config": dataclasses.asdict(config), "views": VIEWS, "results": results}
-    given.out.write_text(json.dumps(facts))
-    Image.fromarray(np.concatenate(pictures[:6])).save(given.out.with_suffix(".png"))
+            given.out.write_text(json.dumps(facts | {"results": results}))
     print(table(results))
 
 
