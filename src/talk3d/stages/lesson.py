@@ -83,9 +83,9 @@ class LessonConfig:
     """Steps in which the lip reader is taught."""
     learning_rate: float = 2e-3
     """Adam's rate of conditioner, U-Net and linear bases at the start; falls to a twentieth along a half cosine."""
-    renderer_rate: float = 1e-3
+    renderer_rate: float = 1.5e-3
     """Adam's rate of decoder and super-resolution, with the same schedule; 0 leaves them as they are."""
-    identity_rate: float = 4e-3
+    identity_rate: float = 8e-3
     """Adam's rate of the identity planes in units of their standard deviation, with the same schedule; 0 leaves them as they are."""
     mouth_emphasis: float = 20.0
     """How much more a pixel of the mouth counts than one of the background."""

@@ -26,6 +26,7 @@ class PersonalizeConfig(InversionConfig):
     """How the person is found and the prior tuned: less long and less finely than where nothing follows, since training goes on from there."""
 
     tuning_steps: int = 160
+    """Steps of tuning the generator."""
     rays: int | None = None
     """Rays a side of the pictures that are compared; None takes half as many again as the prior, as `train` does."""
     num_frames: int = 8
