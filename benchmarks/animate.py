@@ -1,7 +1,8 @@
 """Where the time of an animated frame goes: the avatar as it is, the same baked, and how far the machine's limit is.
 
     python benchmarks/animate.py                                # the sample avatar on the CPU
-    python benchmarks/animate.py --device cuda --variants       # a random avatar of the published size on a GPU
+    python benchmarks/animate.py --device cuda --variants       # a random avatar of the published size on a GPU, and how else it could be made
+    python benchmarks/animate.py --device cuda --profile        # the kernels of each part
 
 Every time is a median; on the CPU it is processor time, which other work hardly disturbs. PSNR is between the pictures of both, values in [0, 1].
 Writes benchmarks/results/animate_DEVICE.json. A random avatar needs torch, numpy and jaxtyping only.
@@ -98,32 +99,55 @@ def recorded(work: Callable[..., Any], *inputs: Tensor) -> Callable[[], Any]:
     return lambda kept=(graph, work, inputs): kept[0].graph.replay()  # what was recorded must outlive its graph
 
 
-def parts_of(avatar: Avatar, baked: BakedAvatar, batch: int) -> dict[str, tuple[Callable[[], Any], Callable[[], Any]]]:
-    """Return each part of a frame, plain (with the person's cache) and baked, fed with what comes before it."""
+def works(avatar: Avatar, baked: BakedAvatar, batch: int) -> dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]]:
+    """Return each part of a baked frame as a function, and what comes to it from the part before."""
     driving, camera = moments(avatar, 0, batch)
-    person, conditioner = avatar.personalized, avatar.conditioner
+    conditioner = avatar.conditioner
     tokens = conditioner(driving)
     coefficients = conditioner.coefficients(driving, conditioner.mouth(tokens))
     planes = baked.deltaplane(tokens, coefficients)
     features, alpha, _ = baked.renderer(planes, camera)
+    return {
+        "tokens": (lambda a, *_: (conditioner(driving),), (driving.audio,)),
+        "deltaplane": (lambda t, c: tuple(baked.deltaplane(t, c)), (tokens, coefficients)),
+        "volume rendering": (lambda *p: baked.renderer(list(p), camera), tuple(planes)),
+        "super-resolution": (lambda f, a: baked.superresolution(f, a), (features, alpha)),
+    }
+
+
+def plain_works(avatar: Avatar, baked: BakedAvatar, batch: int) -> dict[str, Callable[[], Any]]:
+    """Return each part of a plain frame, with the person's cache."""
+    driving, camera = moments(avatar, 0, batch)
+    person, conditioner = avatar.personalized, avatar.conditioner
+    tokens = conditioner(driving)
+    coefficients = conditioner.coefficients(driving, conditioner.mouth(tokens))
+    features, alpha, _ = baked.renderer(baked.deltaplane(tokens, coefficients), camera)
     prefix = avatar.predictor.prepare(person.triplane)
     rays = person.renderer.rays(camera, person.renderer.renderer_config.neural_rendering_resolution)
     triplane = person.triplane + avatar.predictor.predict(prefix, tokens, coefficients)
     return {
-        "tokens": (lambda: conditioner(driving), recorded(lambda a, *_: (conditioner(driving),), driving.audio)),
-        "deltaplane": (
-            lambda: person.triplane + avatar.predictor.predict(prefix, tokens, coefficients),
-            recorded(lambda t, c: tuple(baked.deltaplane(t, c)), tokens, coefficients),
-        ),
-        "volume rendering": (
-            lambda: person.renderer._render_occupied(triplane, rays, person.occupied, None),
-            recorded(lambda *p: baked.renderer(list(p), camera), *planes),
-        ),
-        "super-resolution": (
-            lambda: person.renderer.superresolution(features, alpha, person.w),
-            recorded(lambda f, a: baked.superresolution(f, a), features, alpha),
-        ),
+        "tokens": lambda: conditioner(driving),
+        "deltaplane": lambda: person.triplane + avatar.predictor.predict(prefix, tokens, coefficients),
+        "volume rendering": lambda: person.renderer._render_occupied(triplane, rays, person.occupied, None),
+        "super-resolution": lambda: person.renderer.superresolution(features, alpha, person.w),
     }
+
+
+def show_profile(avatar: Avatar, batch: int, top: int = 14) -> None:
+    """Print the kernels that take longest in each part of a baked batch, in milliseconds a frame."""
+    for name, (work, inputs) in works(avatar, BakedAvatar(avatar), batch).items():
+        run = recorded(work, *inputs)
+        run()
+        torch.cuda.synchronize()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+            for _ in range(5):
+                run()
+            torch.cuda.synchronize()
+        events = [event for event in profiler.key_averages() if event.self_device_time_total]
+        kernels = [(event.self_device_time_total / 5e3 / batch, event.count // 5, event.key) for event in events]
+        print(f"{name}: {sum(k[0] for k in kernels):.3f} ms a frame in {sum(k[1] for k in kernels)} kernels", flush=True)
+        for took, count, key in sorted(kernels, reverse=True)[:top]:
+            print(f"  {took:.4f} {count:4d}x {key[:150]}", flush=True)
 
 
 def quality(avatar: Avatar, baked: BakedAvatar, batch: int, batches: int = 4) -> float:
@@ -146,7 +170,7 @@ def limit(baked: BakedAvatar, driving: Driving, camera: Camera, device: str) -> 
     return {"flop": counter.get_total_flops(), "peak_flop_s": rate, "limit_s": counter.get_total_flops() / rate}
 
 
-def measure(avatar: Avatar, batch: int, device: str, repeats: int, compiled: bool) -> dict[str, Any]:
+def measure(avatar: Avatar, batch: int, device: str, repeats: int) -> dict[str, Any]:
     """Time frames and parts at one batch size."""
     baked = BakedAvatar(avatar)
     driving, camera = moments(avatar, 0, batch)
@@ -158,22 +182,40 @@ def measure(avatar: Avatar, batch: int, device: str, repeats: int, compiled: boo
         "limit": limit(baked, driving, camera, device),
     }
     print(f"batch {batch}: {json.dumps(row)}", flush=True)
+    fast_parts = [recorded(work, *inputs) for work, inputs in works(avatar, baked, batch).values()]
     row["parts"] = {
         name: {"plain_s": seconds(plain, device, repeats), "baked_s": seconds(fast, device, repeats)}
-        for name, (plain, fast) in parts_of(avatar, baked, batch).items()
+        for (name, plain), fast in zip(plain_works(avatar, baked, batch).items(), fast_parts, strict=True)
     }
     print(f"batch {batch}: {json.dumps(row['parts'])}", flush=True)
-    if compiled:
-        torch.compiler.reset()
-        start, fast = time.perf_counter(), BakedAvatar(avatar, compiled=True)
-        fast.render(driving, camera)
-        row["compiling_s"] = time.perf_counter() - start
-        row["compiled_s"] = seconds(lambda: fast.render(driving, camera), device, repeats)
-        row["compiled_psnr_db"], row["compiled"] = quality(avatar, fast, batch), fast._compiled is not None
-        print(
-            f"batch {batch}: compiled {row['compiled_s']:.4f} s, {row['compiled_psnr_db']:.1f} dB, compiling {row['compiling_s']:.0f} s", flush=True
-        )
     return row
+
+
+def compiled_parts(avatar: Avatar, batch: int, repeats: int, until: float) -> dict[str, Any]:
+    """Time each part of a GPU's batch compiled, and at last the whole; none is begun after `until` (of the monotonic clock)."""
+    times: dict[str, Any] = {}
+    baked = BakedAvatar(avatar)
+    for name, (work, inputs) in reversed(works(avatar, baked, batch).items()):
+        if name == "tokens" or time.monotonic() > until:
+            continue
+        torch.compiler.reset()
+        start = time.monotonic()
+        try:
+            fast = recorded(torch.compile(work, dynamic=False), *inputs)
+        except RuntimeError as error:
+            print(f"{name} is not compiled: {str(error)[:300]}", flush=True)
+            continue
+        times[name] = {"compiling_s": time.monotonic() - start, "compiled_s": seconds(fast, "cuda", repeats)}
+        print(f"compiled {name}, batch {batch}: {json.dumps(times[name])}", flush=True)
+    if time.monotonic() < until:
+        torch.compiler.reset()
+        driving, camera = moments(avatar, 0, batch)
+        start, fast = time.monotonic(), BakedAvatar(avatar, compiled=True)
+        fast.render(driving, camera)
+        times["frame"] = {"compiling_s": time.monotonic() - start, "compiled_s": seconds(lambda: fast.render(driving, camera), "cuda", repeats)}
+        times["frame"] |= {"psnr_db": quality(avatar, fast, batch, 1), "compiled": fast._compiled is not None}
+        print(f"compiled frame, batch {batch}: {json.dumps(times['frame'])}", flush=True)
+    return times
 
 
 class GridLookup:
@@ -209,9 +251,12 @@ def variants(avatar: Avatar, batch: int, repeats: int) -> dict[str, float]:
     def all_samples(baked: BakedAvatar) -> None:
         baked.renderer.num_coarse, baked.renderer.num_fine = 48, 24
 
+    def fewer_samples(baked: BakedAvatar) -> None:
+        baked.renderer.num_coarse, baked.renderer.num_fine = 16, 8
+
     times = {}
     driving, camera = moments(avatar, 0, batch)
-    for change in (grid, transposed, all_samples):
+    for change in (grid, transposed, all_samples, fewer_samples):
         baked = BakedAvatar(avatar)
         change(baked)
         times[change.__name__] = seconds(lambda baked=baked: baked.render(driving, camera), "cuda", repeats)
@@ -232,8 +277,7 @@ def table(parts: dict[str, Any]) -> str:
             lines.append(f"| {batch} | {name} | {times['plain_s'] / int(batch) * 1e3:.2f} | {times['baked_s'] / int(batch) * 1e3:.2f} |")
         plain, fast = (row[key] / int(batch) * 1e3 for key in ("plain_s", "baked_s"))
         lines.append(f"| {batch} | **frame** | {plain:.2f} | {fast:.2f} ({plain / fast:.1f} times, {row['psnr_db']:.1f} dB) |")
-        if "compiled_s" in row:
-            lines.append(f"| {batch} | compiled | | {row['compiled_s'] / int(batch) * 1e3:.2f} ({row['compiled_psnr_db']:.1f} dB) |")
+        lines.append(f"| {batch} | frames a second | {1e3 / plain:.0f} | {1e3 / fast:.0f} |")
         lines.append(f"| {batch} | arithmetic alone | | {row['limit']['limit_s'] / int(batch) * 1e3:.2f} |")
     return "\n".join(lines)
 
@@ -246,11 +290,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
-    parser.add_argument("--compile", action="store_true", help="also measure the baked avatar compiled")
+    parser.add_argument("--profile", action="store_true", help="also print the kernels of each part (CUDA)")
+    parser.add_argument("--compile-until-s", type=float, default=0.0, help="also measure parts compiled; none is begun later than this (CUDA)")
     parser.add_argument("--variants", action="store_true", help="also time what the parts could be made of, and model.py's plain path (CUDA)")
     parser.add_argument("--commit", help="named in the results; by default asked of git")
     parser.add_argument("--out", type=Path, help="where the results go")
-    chosen = parser.parse_args(arguments)
+    chosen, began = parser.parse_args(arguments), time.monotonic()
     torch.set_num_threads(chosen.threads)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     size = chosen.size or ("sample" if chosen.device == "cpu" else "FFHQ512")
@@ -263,20 +308,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
         path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
     with torch.no_grad():
-        if chosen.variants:
-            result["model_plain_s"] = {str(batch): published_plain(batch) for batch in chosen.batches}
-            print("plain path of model.py:", result["model_plain_s"], flush=True)
-        result["batches"] = {str(b): measure(avatar, b, chosen.device, chosen.repeats, False) for b in chosen.batches}
+        result["batches"] = {}
+        for batch in chosen.batches:
+            if chosen.variants:
+                result.setdefault("model_plain_s", {})[str(batch)] = published_plain(batch)
+                print("plain path of model.py:", result["model_plain_s"], flush=True)
+            result["batches"][str(batch)] = measure(avatar, batch, chosen.device, chosen.repeats)
+            keep()
         print(f"\nmilliseconds a frame, {size}, {result['hardware']}, torch {result['torch']}, commit {result['commit']}\n", flush=True)
         print(table(result["batches"]), flush=True)
-        keep()
+        largest = max(chosen.batches)
+        if chosen.profile:
+            show_profile(avatar, largest)
         if chosen.variants:
-            result["variants_s"] = variants(avatar, max(chosen.batches), chosen.repeats)
+            result["variants_s"] = variants(avatar, largest, chosen.repeats)
             keep()
-        if chosen.compile:
-            for batch in chosen.batches:
-                result["batches"][str(batch)] |= measure(avatar, batch, chosen.device, chosen.repeats, True)
-                keep()
+        if chosen.compile_until_s:
+            result["compiled"] = compiled_parts(avatar, largest, chosen.repeats, began + chosen.compile_until_s)
+            keep()
 
 
 if __name__ == "__main__":

@@ -137,14 +137,19 @@ class BakedConv:
             x = F.conv2d(x, self.weight, self.bias, padding=1)
         else:
             x = F.conv2d(F.conv_transpose2d(x, self.weight, stride=2), self.fir, self.bias, padding=1, groups=len(self.bias))
-        x = F.leaky_relu_(x, 0.2)
-        if self.clamp is not None:
-            x.clamp_(-self.clamp, self.clamp)
-        if not self.fourfold:
-            return x
-        batch, _, height, width = x.shape
-        pixels = x.permute(0, 2, 3, 1).reshape(batch, height, width, 2, 2, -1).transpose(2, 3)  # b h 2 w 2 o
-        return pixels.reshape(batch, 2 * height, 2 * width, -1).permute(0, 3, 1, 2)  # b o p q, channels-last
+        x = _shuffled(x) if self.fourfold else F.leaky_relu_(x, 0.2)
+        return x if self.clamp is None else x.clamp_(-self.clamp, self.clamp)
+
+
+def _shuffled(x: Float[Tensor, "b p h w"]) -> Float[Tensor, "b o i j"]:
+    """Lay the four pixels of each out, through the leaky ReLU; channels-last. One kernel, where `reshape` would make two."""
+    batch, _, height, width = x.shape
+    pixels = x.permute(0, 2, 3, 1).unflatten(3, (2, 2, -1)).transpose(2, 3)  # b h 2 w 2 o
+    if torch.compiler.is_compiling():  # it fuses them itself, and does not know the strides of `out`
+        out = F.leaky_relu(pixels.contiguous(), 0.2)
+    else:
+        out = torch.ops.aten.leaky_relu.out(pixels, 0.2, out=torch.empty(pixels.shape, dtype=x.dtype, device=x.device))
+    return out.view(batch, 2 * height, 2 * width, -1).permute(0, 3, 1, 2)  # b o i j
 
 
 def four_pixels(weight: Float[Tensor, "o i 3 3"]) -> Float[Tensor, "p i 3 3"]:
