@@ -7,6 +7,7 @@ Reference: EG3D (arXiv 2112.07945), section 4.2 and 4.3.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -23,6 +24,9 @@ from talk3d.ops.planes import project_points, sample_planes
 from talk3d.ops.rays import camera_rays, limit_to_box, limit_to_occupied
 from talk3d.ops.volume import composite, importance_distances, segment_weights, stratified_distances
 from talk3d.types import Camera, PlaneAxes, Rays, Rendering, Triplane
+
+RAYS_AT_ONCE = 2048
+"""On a CPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,7 +210,11 @@ class TriplaneRenderer(nn.Module):
 
 
 class GuidedRenderer:
-    """Volume rendering of one person: a coarse look at a quarter of the rays, and few samples where it found something."""
+    """Volume rendering of one person: a coarse look at a quarter of the rays, and few samples where it found something.
+
+    A CPU does it in parts of some hundred rays, whose samples stay in its cache, and drops what cannot be seen; elsewhere counting what is left
+    would make the host wait.
+    """
 
     def __init__(self, renderer: TriplaneRenderer, occupied: Tensor, dtype: torch.dtype) -> None:
         config = renderer.renderer_config
@@ -218,8 +226,8 @@ class GuidedRenderer:
         self.density = out[0][:1].to(dtype), out[1][:1].to(dtype)
         self.colour = out[0][1:].to(dtype), out[1][1:].to(dtype)
         self.num_coarse = max(24, config.depth_resolution // 2)
-        self.num_fine = max(10, config.depth_resolution_importance // 4)
-        self.compact = occupied.device.type == "cpu"  # elsewhere, counting what is left would make the host wait
+        self.num_fine = max(8, config.depth_resolution_importance // 4)
+        self.compact = occupied.device.type == "cpu"
 
     def __call__(
         self, planes: list[Float[Tensor, "b c s s"]], camera: Camera
@@ -229,17 +237,18 @@ class GuidedRenderer:
         rows = self.lookup.rows([plane.to(self.dtype) for plane in planes])
         near, far = self._span(camera)
         step = (far - near) / (self.num_coarse - 1)
-        weights = self._coarse_weights(rows, camera, near, step)  # b m h w
+        (weights,) = self._in_parts(self._look, rows, *self._rays(camera, side // 2, near, step))
+        weights = weights.view(batch, side // 2, side // 2, -1).permute(0, 3, 1, 2)  # b m h w
         weights = F.interpolate(weights, size=(side, side), mode="bilinear").permute(0, 2, 3, 1).flatten(0, 2)  # r m
-        kept = (weights.amax(1) > 1e-3).nonzero()[:, 0] if self.compact else torch.arange(len(weights), device=weights.device)
-        volume = kept // side**2
-        distances = near[volume, None] + guided_bins(weights[kept], self.num_fine) * step[volume, None]
-        rays = camera_rays(camera, side, 0.0, 1.0)
-        origins, directions = (x.flatten(0, 1)[kept, None] for x in (rays.origins, rays.directions))
-        shown = self._shade(rows, origins + distances[..., None] * directions, distances, volume if batch > 1 else None)
+        seen = [*self._rays(camera, side, near, step), weights]
         empty = far.repeat_interleave(side**2)[:, None]
-        background = [empty.new_full((len(empty), config.feature_channels), float(config.white_back)), torch.zeros_like(empty), empty]
-        pictures = [x.index_copy(0, kept, y) for x, y in zip(background, shown, strict=True)] if self.compact else shown
+        if self.compact:
+            kept = (weights.amax(1) > 1e-3).nonzero()[:, 0]
+            background = [empty.new_full((len(empty), config.feature_channels), float(config.white_back)), torch.zeros_like(empty), empty]
+            shown = self._in_parts(self._shade, rows, *(x[kept] for x in seen)) if len(kept) else background
+            pictures = [x.index_copy(0, kept, y) for x, y in zip(background, shown, strict=True)] if len(kept) else background
+        else:
+            pictures = self._shade(rows, *seen)
         features, alpha, depth = (x.view(batch, side, side, -1).permute(0, 3, 1, 2) for x in pictures)  # b c h w
         return 2 * features - 1, alpha, depth
 
@@ -249,36 +258,58 @@ class GuidedRenderer:
             near, far = near.clamp(min=self.config.ray_start), far.clamp(max=self.config.ray_end)
         return near, far
 
-    def _coarse_weights(
-        self, rows: Float[Tensor, "m c"], camera: Camera, near: Float[Tensor, " b"], step: Float[Tensor, " b"]
-    ) -> Float[Tensor, "b q h w"]:
-        side, samples = self.config.neural_rendering_resolution // 2, self.num_coarse
-        rays: Rays = camera_rays(camera, side, 0.0, 1.0)
-        distances = near[:, None] + step[:, None] * torch.arange(samples, device=near.device)  # b s
-        distances = distances[:, None].expand(-1, side**2, -1)
-        points = (rays.origins.unsqueeze(2) + distances.unsqueeze(3) * rays.directions.unsqueeze(2)).flatten(0, 2)
+    def _rays(self, camera: Camera, side: int, near: Float[Tensor, " b"], step: Float[Tensor, " b"]) -> list[Tensor]:
+        """Return origin, direction, number of the volume, nearest distance and step of each ray of all pictures."""
+        rays = camera_rays(camera, side, 0.0, 1.0)
+        volume = torch.arange(len(camera), device=near.device).repeat_interleave(side**2)
+        return [rays.origins.flatten(0, 1), rays.directions.flatten(0, 1), volume, near[volume, None], step[volume, None]]
+
+    def _in_parts(self, work: Callable[..., list[Tensor]], rows: Tensor, *rays: Tensor) -> list[Tensor]:
+        if not self.compact:
+            return work(rows, *rays)
+        parts = [work(rows, *part) for part in zip(*(x.split(RAYS_AT_ONCE) for x in rays), strict=True)]
+        return [torch.cat(results) for results in zip(*parts, strict=True)]
+
+    def _look(
+        self,
+        rows: Float[Tensor, "m c"],
+        origins: Float[Tensor, "r 3"],
+        directions: Float[Tensor, "r 3"],
+        volume: Int[Tensor, " r"],
+        near: Float[Tensor, "r 1"],
+        step: Float[Tensor, "r 1"],
+    ) -> list[Float[Tensor, "r q"]]:
+        """Return the weights of equal steps along rays."""
+        distances = near + step * torch.arange(self.num_coarse, device=near.device)  # r s
+        points = torch.addcmul(origins[:, None], distances[:, :, None], directions[:, None]).flatten(0, 1)
+        volume = volume.repeat_interleave(self.num_coarse)
         full = self.cells.occupied(points)
         if self.compact:
             index = full.nonzero()[:, 0]
-            found = self._density(self._hidden(rows, points[index], index // (side**2 * samples) if len(camera) > 1 else None))
+            found = self._density(self._hidden(rows, points[index], volume[index]))
             density = torch.full_like(points[:, 0], EMPTY).index_copy_(0, index, found)
         else:
-            volume = torch.arange(len(camera), device=near.device).repeat_interleave(side**2 * samples)
             density = torch.where(full, self._density(self._hidden(rows, points, volume)), EMPTY)
-        weights = segment_weights(density.view(distances.shape), distances)
-        return weights.unflatten(1, (side, side)).permute(0, 3, 1, 2)  # b q h w
+        return [segment_weights(density.view(1, *distances.shape), distances[None])[0]]
 
     def _shade(
-        self, rows: Float[Tensor, "m c"], points: Float[Tensor, "r s 3"], distances: Float[Tensor, "r s"], volume: Int[Tensor, " r"] | None
+        self,
+        rows: Float[Tensor, "m c"],
+        origins: Float[Tensor, "r 3"],
+        directions: Float[Tensor, "r 3"],
+        volume: Int[Tensor, " r"],
+        near: Float[Tensor, "r 1"],
+        step: Float[Tensor, "r 1"],
+        weights: Float[Tensor, "r q"],
     ) -> list[Float[Tensor, "r _"]]:
         """Return features, opacity and distance of rays."""
-        rays, samples, _ = points.shape
-        flat = points.flatten(0, 1)
-        hidden = self._hidden(rows, flat, None if volume is None else volume.repeat_interleave(samples))
-        density = torch.where(self.cells.occupied(flat), self._density(hidden), EMPTY).view(rays, samples)
+        distances = near + guided_bins(weights, self.num_fine) * step
+        points = torch.addcmul(origins[:, None], distances[:, :, None], directions[:, None]).flatten(0, 1)
+        hidden = self._hidden(rows, points, volume.repeat_interleave(self.num_fine))
+        density = torch.where(self.cells.occupied(points), self._density(hidden), EMPTY).view(distances.shape)
         shares = guided_weights(density, distances)
         colours = torch.sigmoid_(F.linear(hidden, *self.colour))
-        index = torch.arange(rays * samples, device=flat.device, dtype=torch.int32).view(rays, samples)
+        index = torch.arange(len(points), device=points.device, dtype=torch.int32).view(distances.shape)
         mixed = F.embedding_bag(index, colours, per_sample_weights=shares.to(colours.dtype), mode="sum").float()
         opacity = shares.sum(1, keepdim=True)
         features = 1.002 * mixed - 0.001 * opacity  # the decoder's stretched sigmoid
@@ -287,8 +318,10 @@ class GuidedRenderer:
         depth = (shares * distances).sum(1, keepdim=True) / opacity.clamp(min=1e-6)
         return [features, opacity, depth.maximum(distances[:, :1]).minimum(distances[:, -1:])]
 
-    def _hidden(self, rows: Float[Tensor, "m c"], points: Float[Tensor, "n 3"], volume: Int[Tensor, " n"] | None) -> Float[Tensor, "n d"]:
-        return F.softplus(F.linear(self.lookup(rows, points, volume), *self.hidden))
+    def _hidden(self, rows: Float[Tensor, "m c"], points: Float[Tensor, "n 3"], volume: Int[Tensor, " n"]) -> Float[Tensor, "n d"]:
+        several = len(rows) > self.lookup.rows_of_one
+        hidden = F.linear(self.lookup(rows, points, volume if several else None), *self.hidden)
+        return torch.ops.aten.softplus.out(hidden, out=hidden)
 
     def _density(self, hidden: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
         return F.linear(hidden, *self.density)[:, 0].float()

@@ -52,6 +52,11 @@ class RowLookup:
         left, top = base.to(device)
         return cls(side=side, scale=side / box_warp, to_rows=to_rows.to(device), first=first.to(device), along=(across, down), base=(left, top))
 
+    @property
+    def rows_of_one(self) -> int:
+        """How many rows one volume takes."""
+        return 3 * (self.side + 2) ** 2
+
     def rows(self, planes: list[Float[Tensor, "b c s s"]]) -> Float[Tensor, "m c"]:
         """Lay three planes out as rows, with a border of zeros, which is what lies outside."""
         batch, channels, side, _ = planes[0].shape
@@ -70,7 +75,7 @@ class RowLookup:
         inside = place.sub_(cell)
         index = torch.addmm(self.first, cell, self.to_rows).int()
         if volume is not None:
-            index += (volume * (3 * (self.side + 2) ** 2)).int().unsqueeze(1)
+            index += (volume * self.rows_of_one).int().unsqueeze(1)
         weights = torch.addmm(self.base[0], inside, self.along[0]).mul_(torch.addmm(self.base[1], inside, self.along[1]))
         return F.embedding_bag(index, rows, per_sample_weights=weights.to(rows.dtype), mode="sum")
 
