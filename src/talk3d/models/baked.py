@@ -170,7 +170,7 @@ class BakedDeltaplane:
         if self.bases is not None:
             blended = (coefficients @ self.bases.flatten(1)).unflatten(1, self.bases.shape[1:]).permute(0, 1, 4, 2, 3)  # b 3 c h w
             planes = [plane + blend for plane, blend in zip(planes, blended.unbind(1), strict=True)]
-        return [upsample2(plane).float() + whole for plane, whole in zip(planes, self.identity, strict=True)]
+        return [upsample2(plane).float().add_(whole) for plane, whole in zip(planes, self.identity, strict=True)]
 
 
 class BakedAvatar:

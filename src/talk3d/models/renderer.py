@@ -25,8 +25,8 @@ from talk3d.ops.rays import camera_rays, limit_to_box, limit_to_occupied
 from talk3d.ops.volume import composite, importance_distances, segment_weights, stratified_distances
 from talk3d.types import Camera, PlaneAxes, Rays, Rendering, Triplane
 
-RAYS_AT_ONCE = 2048
-"""On a CPU."""
+POINTS_AT_ONCE = 32768
+"""Samples that a CPU looks at in one go: what they take is neither mapped anew for each frame nor far from the cache."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,10 +210,9 @@ class TriplaneRenderer(nn.Module):
 
 
 class GuidedRenderer:
-    """Volume rendering of one person: a coarse look at a quarter of the rays, and few samples where it found something.
+    """Volume rendering of one person: a coarse look at a quarter of the rays or fewer, and few samples where it found something.
 
-    A CPU does it in parts of some hundred rays, whose samples stay in its cache, and drops what cannot be seen; elsewhere counting what is left
-    would make the host wait.
+    A CPU does it in parts and drops what cannot be seen; elsewhere counting what is left would make the host wait.
     """
 
     def __init__(self, renderer: TriplaneRenderer, occupied: Tensor, dtype: torch.dtype) -> None:
@@ -225,6 +224,7 @@ class GuidedRenderer:
         self.hidden = hidden[0].div(3).to(dtype), hidden[1].to(dtype)  # the look-up sums where the plain one takes the mean
         self.density = out[0][:1].to(dtype), out[1][:1].to(dtype)
         self.colour = out[0][1:].to(dtype), out[1][1:].to(dtype)
+        self.coarse_side = min(config.neural_rendering_resolution // 2, 48)
         self.num_coarse = max(24, config.depth_resolution // 2)
         self.num_fine = max(8, config.depth_resolution_importance // 4)
         self.compact = occupied.device.type == "cpu"
@@ -237,15 +237,15 @@ class GuidedRenderer:
         rows = self.lookup.rows([plane.to(self.dtype) for plane in planes])
         near, far = self._span(camera)
         step = (far - near) / (self.num_coarse - 1)
-        (weights,) = self._in_parts(self._look, rows, *self._rays(camera, side // 2, near, step))
-        weights = weights.view(batch, side // 2, side // 2, -1).permute(0, 3, 1, 2)  # b m h w
+        (weights,) = self._in_parts(self._look, self.num_coarse, rows, *self._rays(camera, self.coarse_side, near, step))
+        weights = weights.view(batch, self.coarse_side, self.coarse_side, -1).permute(0, 3, 1, 2)  # b m h w
         weights = F.interpolate(weights, size=(side, side), mode="bilinear").permute(0, 2, 3, 1).flatten(0, 2)  # r m
         seen = [*self._rays(camera, side, near, step), weights]
         empty = far.repeat_interleave(side**2)[:, None]
         if self.compact:
             kept = (weights.amax(1) > 1e-3).nonzero()[:, 0]
             background = [empty.new_full((len(empty), config.feature_channels), float(config.white_back)), torch.zeros_like(empty), empty]
-            shown = self._in_parts(self._shade, rows, *(x[kept] for x in seen)) if len(kept) else background
+            shown = self._in_parts(self._shade, self.num_fine, rows, *(x[kept] for x in seen)) if len(kept) else background
             pictures = [x.index_copy(0, kept, y) for x, y in zip(background, shown, strict=True)] if len(kept) else background
         else:
             pictures = self._shade(rows, *seen)
@@ -264,10 +264,10 @@ class GuidedRenderer:
         volume = torch.arange(len(camera), device=near.device).repeat_interleave(side**2)
         return [rays.origins.flatten(0, 1), rays.directions.flatten(0, 1), volume, near[volume, None], step[volume, None]]
 
-    def _in_parts(self, work: Callable[..., list[Tensor]], rows: Tensor, *rays: Tensor) -> list[Tensor]:
+    def _in_parts(self, work: Callable[..., list[Tensor]], samples: int, rows: Tensor, *rays: Tensor) -> list[Tensor]:
         if not self.compact:
             return work(rows, *rays)
-        parts = [work(rows, *part) for part in zip(*(x.split(RAYS_AT_ONCE) for x in rays), strict=True)]
+        parts = [work(rows, *part) for part in zip(*(x.split(max(1, POINTS_AT_ONCE // samples)) for x in rays), strict=True)]
         return [torch.cat(results) for results in zip(*parts, strict=True)]
 
     def _look(

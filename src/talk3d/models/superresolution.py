@@ -208,10 +208,10 @@ class BakedSuperresolution:
         x = features
         if config.shrink or features.shape[-1] < config.input_side:
             x, image = (resize_to(y, config.input_side, antialias=config.antialias) for y in (x, image))
-        x = x.to(self.dtype, memory_format=torch.channels_last)
+        x, image = x.to(self.dtype, memory_format=torch.channels_last), image.contiguous(memory_format=torch.channels_last)
         for up, first, second, to_image in self.blocks:
             x = second(first(x))
-            image = (upsample2(image) if up else image) + to_image(x)
+            image = to_image(x).add_(upsample2(image) if up else image)
         if config.matte:
             return image[:, :3], (image[:, 3:] + 1) / 2
         return image, resize_to(alpha, image.shape[-1])

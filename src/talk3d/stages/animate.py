@@ -8,6 +8,7 @@ import json
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
@@ -102,10 +103,11 @@ def animate(
     """
     config = config or AnimateConfig()
     chunks = _chunks(audio)
-    encoder = load_speech_of(avatar.audio_source, device)
     if cameras is not None and config.paste_into is not None:
         raise ConfigError("a head in a film has the film's camera: leave cameras out, or do not paste")
-    scene = Scene(avatar.to(device).eval(), config, cameras, encoder, device, first)
+    with _one_thread():
+        encoder = load_speech_of(avatar.audio_source, device)
+        scene = Scene(avatar.to(device).eval(), config, cameras, encoder, device, first)
     heard = listen(chunks, encoder, avatar.fps, level_db=config.level_db, voice_activity=config.voice_activity, first=first)
     return _frames(scene, _batches(heard, batch_size_on(device, config), first))
 
@@ -330,6 +332,17 @@ def _frames(scene: Scene, batches: Iterator[Heard]) -> Iterator[UInt8[np.ndarray
         finally:
             pool.shutdown(cancel_futures=True)
             torch.set_num_threads(threads)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Do small things on one thread of the CPU: on a busy machine, several would wait for each other, actively, for seconds."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _next_finished(scene: Scene, waiting: "deque[tuple[Heard, Future]]") -> Iterator[UInt8[np.ndarray, "h w c"]]:
