@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from talk3d.ops.compositing import inverse, match_colours, membrane, paste, resample, soft_window
+from talk3d.ops.compositing import inner_matte, inverse, match_colours, membrane, paste, resample, soft_window
 
 CROP = np.array([[0.8, 0.1, -20.0], [-0.1, 0.8, -8.0]])
 SIDE = 48
@@ -87,3 +87,34 @@ def test_colours_meet_at_the_seam() -> None:
     assert torch.equal(match_colours(marked, source, torch.zeros(1, SIDE, SIDE), window), marked)
     far = match_colours(source * 0, source * 0 + 1, shared, window)
     assert float(far.max()) == pytest.approx(0.15)
+
+
+def disc(side: int, radius: float, blur: float) -> torch.Tensor:
+    place = torch.arange(side) + 0.5 - side / 2
+    return ((radius - torch.hypot(place[:, None], place[None])) / blur + 0.5).clamp(0, 1)[None]
+
+
+def test_the_inner_matte_fades_inside_the_head() -> None:
+    alpha = disc(128, 40, 3)
+    matte = inner_matte(alpha)
+    assert matte[alpha < 0.5].max() < 1e-6 and matte[disc(128, 33, 1) == 1].min() > 1 - 1e-6
+    assert (matte <= alpha + 1e-6).all() and ((matte > 0.02) & (matte < 0.98)).sum() > ((alpha > 0.02) & (alpha < 0.98)).sum()
+
+
+def test_a_fringe_at_the_outline_leaves_no_edge() -> None:
+    """A head that is rendered a pixel too large, with a dark fringe where it is faint, beside the same head in the frame."""
+    side = 128
+    head, ground = torch.tensor([0.8, 0.6, 0.5]), torch.tensor([0.3, 0.4, 0.5])
+    inside = disc(side, 40, 3)
+    film = (255 * (inside * head[:, None, None] + (1 - inside) * ground[:, None, None])).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    alpha = disc(side, 41, 6)
+    picture = head[:, None, None] * torch.where(alpha > 0.5, 1.0, 0.3)
+    band = ((disc(side, 46, 1) > 0) & (disc(side, 35, 1) < 1))[0].numpy()
+
+    def steepness(frame: np.ndarray) -> float:
+        down, right = np.gradient(frame.astype(np.float32).mean(-1))
+        return float(np.hypot(down, right)[band].mean())
+
+    identity = np.eye(2, 3)
+    assert steepness(paste(film, picture, alpha, identity)) > 1.1 * steepness(film)
+    assert steepness(paste(film, picture, inner_matte(alpha), identity)) < 1.02 * steepness(film)

@@ -8,6 +8,8 @@ from torch import Tensor
 
 FEATHER = 0.07
 """Width of the soft edge of a pasted square, in its sides."""
+INSET = 1 / 128
+"""A rendered head's matte fades over four times this inside its outline, in the picture's sides."""
 MOST_SHIFT = 0.15
 """How far colours are moved to match at the seam, of the whole range."""
 
@@ -38,6 +40,19 @@ def soft_window(side: int) -> Float[Tensor, "1 s s"]:
     ramp = (torch.minimum(place, 1 - place) / FEATHER - 0.15).clamp(0, 1)
     smooth = ramp * ramp * (3 - 2 * ramp)
     return (smooth[:, None] * smooth[None, :])[None]
+
+
+def inner_matte(alpha: Float[Tensor, "1 s s"]) -> Float[Tensor, "1 s s"]:
+    """A matte that fades inside the rendered head, not at its outline: there the frame keeps the edge that it has, and gets none beside it.
+
+    Args:
+        alpha: rendered opacity, 0 … 1.
+    """
+    size = max(1, round(INSET * alpha.shape[-1]))
+    matte = -F.max_pool2d(-((alpha - 0.5) / 0.4).clamp(0, 1), 4 * size + 1, 1, 2 * size)
+    for _ in range(2):
+        matte = F.avg_pool2d(F.pad(matte, (size,) * 4, mode="replicate"), 2 * size + 1, 1)
+    return matte
 
 
 def match_colours(

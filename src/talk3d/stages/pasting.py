@@ -13,7 +13,7 @@ from talk3d.errors import ConfigError
 from talk3d.io.catalogue import sha256_of
 from talk3d.io.clips import load_clip
 from talk3d.io.media import read_frames, scan_video
-from talk3d.ops.compositing import inverse, match_colours, paste, resample, soft_window
+from talk3d.ops.compositing import inner_matte, inverse, match_colours, paste, resample, soft_window
 from talk3d.stages.acting import clip_index, performance_of
 from talk3d.stages.viewpoints import ping_pong
 from talk3d.types import Rendering
@@ -76,7 +76,7 @@ class Film:
         person = torch.from_numpy(self.clip.masks.person[place].astype(np.float32) / 255)[None]
         person = resample(person, np.array([[1.0, 0, 0], [0, 1, 0]]) / self.scale, (side, side))
         shared = ((person > PERSON) & (alpha > PERSON)).float()
-        return paste(frame, match_colours(colour, source, shared, self.window), alpha * self.window, crop)
+        return paste(frame, match_colours(colour, source, shared, self.window), inner_matte(alpha) * self.window, crop)
 
 
 PICTURES = ("image", "alpha", "raw", "raw_alpha", "features", "depth")
