@@ -1,5 +1,6 @@
 """What is baked against its plain twins, and ways that fail given up for the next."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import talk3d
 from talk3d.models import baked
 from talk3d.models.avatar import Avatar
 from talk3d.models.baked import BakedAvatar, BakedDeltaplane
-from talk3d.types import Camera, Driving, Rendering
+from talk3d.types import Camera, Driving, Rendering, Triplane
 
 
 @pytest.mark.parametrize("released", [False, True])
@@ -64,6 +65,34 @@ def test_a_baked_avatar_looks_like_the_plain_one(sample: Avatar) -> None:
     assert float((found.alpha - expected.alpha).abs().mean()) < 2e-3
     assert found.raw.equal(found.features[:, :3]) and found.depth.shape == expected.depth.shape
     assert sample.bake().render(driving, camera).image.equal(found.image)
+
+
+@pytest.mark.parametrize("expression", [0.4, 1.5])
+def test_expressions_lie_on_the_line_from_rest(sample: Avatar, expression: float) -> None:
+    driving, camera = moment(sample, 3, 400)
+    rest, person = torch.randn(16, 64), sample.personalized
+    calm = replace(driving, audio=rest.expand_as(driving.audio))
+    with torch.no_grad():
+        planes = torch.lerp(sample.deltaplane(calm).planes, sample.deltaplane(driving).planes, expression)
+        expected = person.render(person.triplane + Triplane(planes=planes, axes=person.triplane.axes), camera)
+    assert psnr(sample.bake(rest=rest, expression=expression).render(driving, camera), expected) > 45
+
+
+def test_a_short_batch_is_filled_up_for_the_recorded_work(sample: Avatar, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded = []
+
+    def record(work, inputs):
+        recorded.append(len(inputs[0]))
+        return lambda new: work(*new)
+
+    model = BakedAvatar(sample)
+    monkeypatch.setattr(baked, "_Recorded", record)
+    monkeypatch.setattr(model, "_graphs", {})
+    whole = model.render(*moment(sample, 3, 400, 90))
+    driving, camera = moment(sample, 10)
+    alone = model.render(driving, camera)
+    assert recorded == [3] and len(alone.image) == 1 and len(whole.image) == 3
+    assert psnr(alone, BakedAvatar(sample).render(driving, camera)) > 60
 
 
 def test_baking_keeps_a_snapshot(sample: Avatar) -> None:

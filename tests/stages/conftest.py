@@ -47,7 +47,7 @@ class KnownAvatar(Avatar):
         self.training = mode
         return self
 
-    def bake(self) -> "KnownAvatar":
+    def bake(self, **_: object) -> "KnownAvatar":
         return self
 
     def render(self, driving: Driving, camera: Camera) -> Rendering:

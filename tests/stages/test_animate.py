@@ -205,8 +205,7 @@ def test_a_transparent_background_is_straight_alpha(make_avatar, tmp_path: Path)
     assert write_animation(make_avatar(side=32), sound(0.2), tmp_path / "a.mov", AnimateConfig(background="transparent")) == 5
 
 
-def test_expression_goes_from_rest_beyond_what_was_learnt(tiny_avatar, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiny_avatar, "bake", lambda: tiny_avatar)  # other strengths than 1 are rendered plainly
+def test_expression_goes_from_rest_beyond_what_was_learnt(tiny_avatar) -> None:
     speech, quiet = sound(0.2), Waveform(samples=torch.zeros(3200), sample_rate_hz=16000)
 
     def shown(said: Waveform, expression: float) -> np.ndarray:
@@ -217,6 +216,11 @@ def test_expression_goes_from_rest_beyond_what_was_learnt(tiny_avatar, monkeypat
     assert np.abs(shown(speech, 0.0) - calm).max() <= 1
     assert np.abs(shown(speech, 0.999) - learnt).max() <= 2
     assert np.abs(shown(speech, 2.0) - calm).mean() > np.abs(learnt - calm).mean()
+
+
+def test_compiling_is_for_gpus(make_avatar) -> None:
+    with pytest.raises(ConfigError, match="GPU alone"):
+        animate(make_avatar(), sound(0.1), config=AnimateConfig(compile=True))
 
 
 def test_views_beyond_the_range_fade_unless_they_are_wanted(make_avatar) -> None:

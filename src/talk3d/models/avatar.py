@@ -201,11 +201,11 @@ class Avatar(nn.Module):
             tokens = self.conditioner(driving)
             return self.predictor.score_maps(self._prepared(len(tokens)), tokens)
 
-    def bake(self) -> Renders:
+    def bake(self, *, rest: Float[Tensor, "f w"] | None = None, expression: float = 1.0, compiled: bool = False) -> Renders:
         """Return what renders this avatar fast, on the device that it is on and as its weights are now, without gradients: `models.baked`."""
         from talk3d.models.baked import BakedAvatar
 
-        return BakedAvatar(self)
+        return BakedAvatar(self, rest=rest, expression=expression, compiled=compiled)
 
     def save(self, path: str | Path) -> None:
         """Write one file, weights as float16."""

@@ -7,7 +7,7 @@ super-resolution's kernels, the U-Net's prefix and roll-outs, batch norm, the de
 import copy
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.nn.functional as F
@@ -176,15 +176,21 @@ class BakedDeltaplane:
 class BakedAvatar:
     """An avatar ready to animate, fast and without gradients; a snapshot, so bake again when weights change."""
 
-    def __init__(self, avatar: Avatar, *, compiled: bool = False, graphs: bool = True) -> None:
+    def __init__(
+        self, avatar: Avatar, *, rest: Float[Tensor, "f w"] | None = None, expression: float = 1.0, compiled: bool = False, graphs: bool = True
+    ) -> None:
         """Bake an avatar for the device it is on: in float16, or in float32 on a CPU, with bfloat16 in super-resolution if it computes in that.
 
         Args:
             avatar: who is animated.
+            rest: speech features of silence, from which expressions are measured.
+            expression: how far planes go from those of silence to those of what is heard, and beyond; without `rest`, 1.
             compiled: also compile with `torch.compile`, which needs a compiler on this machine and a minute at the first frame.
             graphs: on CUDA, record the work of a batch once and replay it.
         """
         person = avatar.personalized
+        self.expression = expression
+        self.rest = None if rest is None else rest.to(person.identity.device)
         self.conditioner, self.device = avatar.conditioner, person.identity.device
         dtype = torch.float32 if self.device.type == "cpu" else torch.float16
         pictures = torch.bfloat16 if self.device.type == "cpu" and _has_bfloat16() else dtype
@@ -209,9 +215,11 @@ class BakedAvatar:
         batch = len(inputs[0])
         if self._graphs is not None:
             try:
-                if batch not in self._graphs:
-                    self._graphs[batch] = _Recorded(self._compiled or self._compute, inputs)
-                return self._graphs[batch](inputs)
+                size = min((known for known in self._graphs if known >= batch), default=batch)  # a short last batch is filled up
+                filled = tuple(torch.cat([x, x[-1:].expand(size - batch, *x.shape[1:])]) for x in inputs) if size > batch else inputs
+                if size not in self._graphs:
+                    self._graphs[size] = _Recorded(self._compiled or self._compute, filled)
+                return tuple(x[:batch] for x in self._graphs[size](filled))
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
@@ -230,10 +238,16 @@ class BakedAvatar:
     def _compute(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         *parts, cam2world, intrinsics = inputs
         driving = Driving(**dict(zip((field.name for field in fields(Driving)), parts, strict=True)))
-        tokens = self.conditioner(driving)
-        planes = self.deltaplane(tokens, self.conditioner.coefficients(driving, self.conditioner.mouth(tokens)))
+        planes = self._planes(driving)
+        if self.rest is not None:
+            calm = self._planes(replace(driving, audio=self.rest.expand_as(driving.audio)))
+            planes = [torch.lerp(still, moved, self.expression) for still, moved in zip(calm, planes, strict=True)]
         features, alpha, depth = self.renderer(planes, Camera(cam2world=cam2world, intrinsics=intrinsics))
         return (*self.superresolution(features, alpha), features, alpha, depth)
+
+    def _planes(self, driving: Driving) -> list[Float[Tensor, "b c h w"]]:
+        tokens = self.conditioner(driving)
+        return self.deltaplane(tokens, self.conditioner.coefficients(driving, self.conditioner.mouth(tokens)))
 
 
 def _has_bfloat16() -> bool:

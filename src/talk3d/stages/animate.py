@@ -30,7 +30,7 @@ from talk3d.perception.speech import SAMPLE_RATE_HZ, SpeechEncoder, load_speech_
 from talk3d.stages.acting import ActingConfig, Actor, read_performer
 from talk3d.stages.pasting import Film, one_of
 from talk3d.stages.viewpoints import CameraConfig, ViewLimit, Viewpoints, turned
-from talk3d.types import Camera, Driving, Progress, Rendering, Triplane, Waveform, silent
+from talk3d.types import Camera, Driving, Progress, Rendering, Waveform, silent
 
 SOUND_HZ = 44100
 """Sample rate of the sound in written videos."""
@@ -60,6 +60,8 @@ class AnimateConfig(CameraConfig, ActingConfig):
     not 13 s."""
     lossless: bool = False
     """Write every pixel as it was rendered: H.264 of RGB, which few players show, in .mp4, .mov or .mkv."""
+    compile: bool = False
+    """On a GPU, compile the model for it: the first frame takes a minute longer, the others about 0.6 of their time."""
     batch_size: int | None = None
     """Frames in one pass of the model; None takes 1 on a CPU, whose cores take a frame each, and 4 on a GPU. It changes speed, not the frames."""
 
@@ -103,13 +105,7 @@ def animate(
     """
     config = config or AnimateConfig()
     chunks = _chunks(audio)
-    if cameras is not None and config.paste_into is not None:
-        raise ConfigError("a head in a film has the film's camera: leave cameras out, or do not paste")
-    with _one_thread():
-        encoder = load_speech_of(avatar.audio_source, device)
-        scene = Scene(avatar.to(device).eval(), config, cameras, encoder, device, first)
-    heard = listen(chunks, encoder, avatar.fps, level_db=config.level_db, voice_activity=config.voice_activity, first=first)
-    return _frames(scene, _batches(heard, batch_size_on(device, config), first))
+    return _spoken(_scene(avatar, config, cameras, device), chunks, first)
 
 
 def batch_size_on(device: str, config: AnimateConfig) -> int:
@@ -152,11 +148,9 @@ def write_animation(
     key = _key(avatar, audio, config, cameras, device)
     length = len(audio.samples) if isinstance(audio, Waveform) else round(sound_length_s(audio) * SAMPLE_RATE_HZ)
     total = count_frames(length, avatar.fps) if length else 0
-    first_frames = animate(avatar, audio, cameras, config, device=device)  # refuses what is unfit before anything is written
+    chunks, scene = _chunks(audio), _scene(avatar, config, cameras, device)  # they refuse what is unfit before anything is written
     with FilmWriter(path, fps=avatar.fps, encoding=encoding, key=key, segment_frames=segment, resume=resume) as film:
-        start = film.num_frames
-        frames = animate(avatar, audio, cameras, config, device=device, first=start) if start else first_frames
-        for frame in frames:
+        for frame in _spoken(scene, chunks, film.num_frames):
             film.write(frame)
             progress("animate", film.num_frames, max(total, film.num_frames) if total else 0, {})
         film.finish(*(([audio], audio.sample_rate_hz) if isinstance(audio, Waveform) else (stream_audio(audio, SOUND_HZ), SOUND_HZ)))
@@ -166,7 +160,7 @@ def write_animation(
 class Scene:
     """Renders any frames: who acts how, from where it is seen, and what is behind."""
 
-    def __init__(self, avatar: Avatar, config: AnimateConfig, cameras: Camera | None, encoder: SpeechEncoder, device: str, first: int = 0) -> None:
+    def __init__(self, avatar: Avatar, config: AnimateConfig, cameras: Camera | None, encoder: SpeechEncoder, device: str) -> None:
         """Prepare to render.
 
         Args:
@@ -175,19 +169,25 @@ class Scene:
             cameras: in place of the config's.
             encoder: what the avatar listens with.
             device: where to render.
-            first: the frame that will be asked for first; the others follow.
         """
-        self.avatar, self.model, self.config, self.device = avatar, avatar.bake(), config, device
-        own = avatar.performance
+        if config.compile and torch.device(device).type == "cpu":
+            raise ConfigError("compiling pays on a GPU alone, got the CPU: leave --compile out, or give --device cuda")
+        own, rest = avatar.performance, _silence(encoder, avatar.fps) if config.expression != 1 else None
+        self.avatar, self.config, self.device, self.encoder = avatar, config, device, encoder
+        self.model = avatar.bake(rest=rest, expression=config.expression, compiled=config.compile)
         self.film = None if config.paste_into is None else Film(config.paste_into, config.source, avatar.fps, avatar.resolution)
-        self.shown = None if self.film is None else self.film.frames(first)
+        self.shown: Iterator[UInt8[np.ndarray, "h w 3"]] = iter(())
         performed, blink = (None, None) if config.performer is None else read_performer(config.performer, avatar.fps)
         performed = self.film.performance if self.film else performed
         self.views = Viewpoints(config, avatar.fps, (performed or own).cameras, cameras)
         self.actor = Actor(config, own, avatar.fps, performed=performed, blink=blink, follows=self.views.follows)
         self.limit = ViewLimit(own.cameras.to("cpu"), avatar.provenance) if config.view_limit and not self.film else None
-        self.rest = _silence(encoder, avatar.fps) if config.expression != 1 else None
         self.backdrop = None if config.background == "transparent" else _backdrop(config.background, avatar).to(device)
+
+    def begin(self, first: int) -> None:
+        """Say which frame will be finished first; the others follow."""
+        if self.film:
+            self.shown = self.film.frames(first)
 
     @torch.no_grad()
     def pictures(self, heard: Heard) -> Rendering | UInt8[np.ndarray, "b H W c"]:
@@ -202,7 +202,7 @@ class Scene:
         if isinstance(made, np.ndarray):
             yield from made
             return
-        assert self.film and self.shown
+        assert self.film
         for place, number in enumerate(heard[0].tolist()):
             yield self.film.put_back(next(self.shown), number, one_of(made, place))
 
@@ -214,22 +214,8 @@ class Scene:
         if bool(acts.turn.any()):
             camera = turned(camera, acts.turn)
         camera = (self.limit(camera) if self.limit else camera).to(self.device)
-        driving = Driving(
-            audio=audio.to(self.device),
-            blink=acts.blink.to(self.device),
-            head_pose=acts.head_pose.to(self.device),
-            anchors=acts.anchors.to(self.device),
-        )
-        if self.rest is None:
-            return self.model.render(driving, camera)
-        return self._exaggerated(driving, camera, self.rest.to(self.device))
-
-    def _exaggerated(self, driving: Driving, camera: Camera, rest: Float[Tensor, "f w"]) -> Rendering:
-        """Render with the deltaplane as far from that of silence as the expression says."""
-        calm = Driving(audio=rest.expand_as(driving.audio), blink=driving.blink, head_pose=driving.head_pose, anchors=driving.anchors)
-        person = self.avatar.personalized
-        planes = torch.lerp(self.avatar.deltaplane(calm).planes, self.avatar.deltaplane(driving).planes, self.config.expression)
-        return person.render(person.triplane + Triplane(planes=planes, axes=person.triplane.axes), camera)
+        driving = Driving(audio=audio, blink=acts.blink, head_pose=acts.head_pose, anchors=acts.anchors)
+        return self.model.render(driving.to(self.device), camera)
 
 
 def composite(rendering: Rendering, background: Float[Tensor, "#b 3 H W"]) -> Float[Tensor, "b 3 H W"]:
@@ -311,6 +297,21 @@ def _batches(heard: Iterator[Heard], size: int, first: int) -> Iterator[Heard]:
             frames, windows = frames[size:], windows[size:]
     if windows is not None and len(frames):
         yield frames, windows
+
+
+def _scene(avatar: Avatar, config: AnimateConfig, cameras: Camera | None, device: str) -> Scene:
+    if cameras is not None and config.paste_into is not None:
+        raise ConfigError("a head in a film has the film's camera: leave cameras out, or do not paste")
+    with _one_thread():
+        return Scene(avatar.to(device).eval(), config, cameras, load_speech_of(avatar.audio_source, device), device)
+
+
+def _spoken(scene: Scene, chunks: Iterator[Waveform], first: int) -> Iterator[UInt8[np.ndarray, "h w c"]]:
+    """Frames of the avatar saying this, from one on."""
+    scene.begin(first)
+    config, fps = scene.config, scene.avatar.fps
+    heard = listen(chunks, scene.encoder, fps, level_db=config.level_db, voice_activity=config.voice_activity, first=first)
+    return _frames(scene, _batches(heard, batch_size_on(scene.device, config), first))
 
 
 def _frames(scene: Scene, batches: Iterator[Heard]) -> Iterator[UInt8[np.ndarray, "h w c"]]:

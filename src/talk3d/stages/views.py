@@ -75,8 +75,8 @@ class Bench:
             track, used = self.clip.track, slice(0, self.clip.num_training_frames)
             known = tuple(part[used].mean(0, keepdim=True).expand(len(frames), -1) for part in (track.blink, track.head_pose, track.anchors))
         heard = was.audio if sound is None else sound(frames)
-        audio, blink, head_pose, anchors = (part.float().to(self.device) for part in (heard, *known))
-        return Driving(audio=audio, blink=blink, head_pose=head_pose, anchors=anchors)
+        blink, head_pose, anchors = known
+        return Driving(audio=heard, blink=blink, head_pose=head_pose, anchors=anchors).to(self.device)
 
     def render(
         self, driving: Driving, camera: Camera, background: Float[Tensor, "b 3 h w"] | None = None

@@ -28,6 +28,10 @@ class Driving:
     anchors: Float[Tensor, "b 6"]
     """Where the head sits in the source frame, see `FaceTrack.anchors`."""
 
+    def to(self, device: torch.device | str) -> "Driving":
+        """Return it on another device, as float32."""
+        return Driving(**{name: getattr(self, name).to(device, torch.float32) for name in ("audio", "blink", "head_pose", "anchors")})
+
 
 @dataclass(frozen=True, kw_only=True)
 class Rendering:
