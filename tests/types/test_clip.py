@@ -1,3 +1,4 @@
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -47,6 +48,8 @@ def test_driving_picks_the_same_frames_everywhere() -> None:
     assert torch.equal(driving.head_pose, clip.track.head_pose[[2, 0]])
     assert torch.equal(driving.anchors, clip.track.anchors[[2, 0]])
     assert driving.audio.shape == (2, 8, 2, 5)
+    halved = replace(driving, blink=driving.blink.half()).to("cpu")
+    assert halved.blink.dtype == torch.float32 and torch.equal(halved.blink, driving.blink) and torch.equal(halved.audio, driving.audio)
 
 
 def test_images_are_in_minus_one_to_one_channels_first() -> None:
