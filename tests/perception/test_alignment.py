@@ -6,7 +6,9 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
+from scipy.interpolate import LinearNDInterpolator
 
 from talk3d.io.media import read_video
 from talk3d.ops.geometry import rotation_from_vector, vector_from_rotation, view_angles
@@ -67,3 +69,49 @@ def test_the_surface_holds_what_does_not_speak():
     assert (surface.normals[:, 2] > 0).all()
     eye = face[[33, 133, 159, 145], :2].mean(0).float()
     assert (surface.points[:, :2] - eye).norm(dim=-1).min() > 0.015
+
+
+def test_drawn_up_brows_do_not_move_the_head():
+    """A painted face whose forehead slides up: its pose stays to a tenth of a pixel, where a rigid forehead would drag it along."""
+    face = load_template("task").points.double()
+    surface = al.Surface(face)
+    turns = 0.08 * torch.tensor([[np.sin(k), np.cos(1.7 * k), 0.3 * np.sin(2.3 * k)] for k in range(12)], dtype=torch.float64)
+    turn_over = torch.diag(torch.tensor([1.0, -1.0, -1.0], dtype=torch.float64))  # the camera looks along z, y down
+    true = HeadMotion(
+        rotation=rotation_from_vector(turns) @ turn_over,
+        translation=torch.tensor([0.0, 0.0, 2.7], dtype=torch.float64).expand(12, 3),
+        focal_px=1000.0,
+        shape=face[:4],
+        face=face,
+        residual_px=torch.zeros(12),
+        smoothing={},
+    )
+    lifted = torch.zeros(12, 3)
+    lifted[::3] = torch.tensor([0.012, 0.0, 0.004])
+    start = replace(true, rotation=rotation_from_vector(0.01 * turns.roll(1, 0) / 0.08) @ true.rotation)
+    worst = {}
+    for name, trust in (("free", al.BROW_TRUST), ("rigid", 1e-6)):
+        with tempfile.TemporaryFile() as file, pytest.MonkeyPatch.context() as patch:
+            patch.setattr(al, "BROW_TRUST", trust)
+            views = al.FaceViews(file)
+            for index in range(12):
+                views.put(index, *_painted(surface, true, index, lifted[index]))
+            found = al.refine_motion(start, views, torch.arange(12), (256, 256))
+        points = face[[4, 33, 263, 116, 345, 168]]
+        error = found.project(points, (128, 128)) - true.project(points, (128, 128))
+        worst[name] = float((error - error.mean(0)).norm(dim=-1).square().mean().sqrt())
+    assert worst["free"] < 0.1
+    assert worst["rigid"] > 2 * worst["free"]
+
+
+def _painted(surface: al.Surface, motion: HeadMotion, index: int, brows: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """A picture of the surface with waves painted on its skin, and where its corners are seen."""
+    skin = surface.points.double()
+    moved = skin + (surface.lifts @ brows).double()
+    seen = motion.focal_px * (local := moved @ motion.rotation[index].T + motion.translation[index])[:, :2] / local[:, 2:] + 128
+    x, y = (200 * skin[:, :2]).T.numpy()
+    paint = 128 + 30 * np.sin(x + 0.5 * y) + 30 * np.sin(1.3 * y) + 30 * np.sin(0.4 * x - 0.8 * y)
+    down, right = np.mgrid[:256, :256] + 0.5
+    picture = np.nan_to_num(LinearNDInterpolator(seen.numpy(), paint)(right, down), nan=128).round().astype(np.uint8)
+    corners = motion.project(motion.face[:468], (128, 128))[index].numpy()
+    return np.repeat(picture[..., None], 3, -1), corners.astype(np.float32)
