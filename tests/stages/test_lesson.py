@@ -32,7 +32,7 @@ def terms(avatar: Avatar, clip: Clip, config: LessonConfig, num_frames: int = 11
 
 def test_terms_are_named_and_a_weight_of_zero_leaves_one_out(avatar: Avatar, clip: Clip) -> None:
     found = terms(avatar, clip, QUICK)
-    assert {"image", "detail", "alpha", "raw", "structure", "lips", "hearing", "velocity"} <= found.keys()
+    assert {"image", "detail", "alpha", "raw", "structure", "lips"} == found.keys()
     assert all(value >= 0 for value in found.values())
     bare = terms(avatar, clip, replace(QUICK, weights=LossWeights(structure=0.0, lips=0.0, detail=0.0)))
     assert found.keys() - bare.keys() == {"structure", "lips", "detail"}
@@ -54,6 +54,22 @@ def test_frames_beyond_those_to_learn_from_are_not_looked_at(avatar: Avatar, cli
     frames[8:] = 255
     values = [terms(avatar, one, QUICK, num_frames=8) for one in (clip, dataclasses.replace(clip, frames=frames))]
     assert values[0] == values[1]
+
+
+def test_the_ear_learns_by_listening_and_then_stays_as_it_is(avatar: Avatar, clip: Clip) -> None:
+    lesson = Lesson(copy.deepcopy(avatar), clip, replace(QUICK, listening_steps=3), num_frames=11, device="cpu", seed=0)
+    heard: list[float] = []
+    states = []
+    for work in (lambda: None, lambda: lesson.listen(lambda *_: None), lambda: heard.append(float(lesson.step(0)["image"]))):
+        work()
+        states.append({name: value.clone() for name, value in lesson.avatar.state_dict().items()})
+    ear = [name for name in states[0] if name.startswith(("conditioner.audio_", "conditioner.mouth_head"))]
+    before, listened, after = states
+    assert ear and not all(before[name].equal(listened[name]) for name in ear)
+    assert all(listened[name].equal(after[name]) for name in ear)
+    changed = {name for name in after if not listened[name].equal(after[name])}
+    assert {"predictor.bases", "personalized.identity"} <= changed
+    assert all(before[name].equal(listened[name]) for name in before if name not in ear)
 
 
 def test_the_bases_see_the_tracked_mouth_as_often_as_asked(avatar: Avatar, clip: Clip) -> None:

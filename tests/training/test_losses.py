@@ -190,6 +190,25 @@ def test_hearing_losses_fall_when_taught_and_without_silence_there_is_no_such_te
     assert seen[-1] < 0.3 * seen[0] and losses.keys() == {"hearing", "velocity"}
 
 
+def test_with_noise_sounds_are_mixed_and_so_is_what_should_be_heard() -> None:
+    conditioner, heard = _listener()
+    mixed: list[torch.Tensor] = []
+    listen = conditioner.audio_token
+    conditioner.audio_token = lambda windows: mixed.append(windows) or listen(windows)
+    frames = torch.arange(0, 11, 2)
+    losses = hearing_losses(conditioner, heard, frames, 1e-7, torch.Generator().manual_seed(5))
+    pairs = torch.cat([frames, frames + 1])
+    sounds = heard.audio.around(pairs).flatten(1)
+    shares = mixed[0][: len(pairs)].flatten(1) @ torch.linalg.pinv(sounds)  # of every frame's sound in every mixture
+    torch.testing.assert_close(shares.sum(1), torch.ones(len(pairs)), atol=1e-4, rtol=0)
+    assert shares.min() > -1e-4 and int((shares > 1e-3).sum(1).max()) == 2
+    torch.testing.assert_close(shares[:6, :6], shares[6:, 6:], atol=1e-4, rtol=0)  # both frames of a pair alike, so that their change stays a change
+    with torch.no_grad():
+        found = conditioner.mouth_head(listen(mixed[0][: len(pairs)]))
+    wanted = shares @ heard.shapes.values[pairs]
+    torch.testing.assert_close(losses["hearing"].detach(), ((found - wanted).square() * heard.shapes.importance).sum(1).mean(), rtol=1e-3, atol=0)
+
+
 def test_frames_are_quiet_where_nothing_sounds_near() -> None:
     samples = torch.cat([torch.ones(25 * 640), torch.zeros(25 * 640), torch.ones(10 * 640)])
     quiet = quiet_frames(Waveform(samples=samples, sample_rate_hz=16000), 25.0, 60)

@@ -145,6 +145,10 @@ class Conditioner(nn.Module):
         encoded = self.audio_net(windows.flatten(0, 1).transpose(1, 2))
         return self.audio_att_net(encoded.unflatten(0, windows.shape[:2]))
 
+    def ear(self) -> nn.ModuleList:
+        """What hears: the layers from sound to audio token, and to the shapes of the mouth."""
+        return nn.ModuleList([part for part in (self.audio_net, self.audio_att_net, self.mouth_head) if part is not None])
+
     def mouth(self, tokens: Float[Tensor, "b 5 d"]) -> Float[Tensor, "b s"]:
         """Return the mouth shapes that are heard in the audio token, which is never dropped; none where none are read off."""
         return tokens[:, 0, :0] if self.mouth_head is None else self.mouth_head(tokens[:, 0])

@@ -48,8 +48,8 @@ class LossWeights:
     """1 - SSIM of the full picture: our offline perceptual term."""
     lips: float = 0.0
     """Mean square difference of what a lip reader, taught on the clip, reads off rendered and filmed mouths: our offline lip-sync term."""
-    hearing: float = 0.05
-    """Mean square error of the mouth's components heard in the sound."""
+    hearing: float = 1.0
+    """Mean square error of the mouth's components heard in the sound, in the lesson of listening, as are the next two."""
     velocity: float = 0.0
     """The same of their change from frame to frame."""
     silence: float = 0.0
@@ -71,7 +71,7 @@ class LessonConfig:
     """Optimisation steps."""
     frames_per_step: int = 2
     """Frames rendered in one step."""
-    listening_steps: int = 600
+    listening_steps: int = 1200
     """Steps of the lesson before, in which the audio encoder learns to tell the shape of the mouth."""
     listening_frames: int = 64
     """Frames in one such step; nothing is rendered."""
@@ -82,7 +82,7 @@ class LessonConfig:
     reading_steps: int = 300
     """Steps in which the lip reader is taught."""
     learning_rate: float = 2e-3
-    """Adam's rate of conditioner, U-Net and linear bases at the start; falls to a twentieth along a half cosine."""
+    """Adam's rate of U-Net, tokens and linear bases at the start; falls to a twentieth along a half cosine."""
     renderer_rate: float = 1.5e-3
     """Adam's rate of decoder and super-resolution, with the same schedule; 0 leaves them as they are."""
     identity_rate: float = 8e-3
@@ -126,31 +126,35 @@ class Lesson:
         self.perceptual = _if_there(lambda: load_lpips(device=device)) if config.weights.perceptual else None
         self.average = Average(avatar, config.average_decay)
         self.modules: dict[str, nn.Module] = {"avatar": avatar, "average": self.average.module, "reader": self.reader}
+        self.ear = avatar.conditioner.ear().requires_grad_(False)
+        talking = [part for part in [*avatar.conditioner.parameters(), *avatar.predictor.parameters()] if part.requires_grad]
         self.rates = (config.learning_rate, config.renderer_rate, config.identity_rate * float(avatar.predictor.scale))
         self.optimizer = torch.optim.Adam(
-            [
-                {"params": [*avatar.conditioner.parameters(), *avatar.predictor.parameters()]},
-                {"params": list(avatar.personalized.renderer.parameters())},
-                {"params": [avatar.personalized.identity]},
-            ],
+            [{"params": talking}, {"params": list(avatar.personalized.renderer.parameters())}, {"params": [avatar.personalized.identity]}],
             betas=(0.9, 0.99),
         )
         self.generators = {"choice": torch.Generator().manual_seed(seed), "rays": torch.Generator(device).manual_seed(seed)}
 
     def listen(self, progress: Progress) -> None:
-        """Teach the audio encoder to tell the shape of the mouth, and the lip reader to read it."""
+        """Teach the audio encoder to tell the shape of the mouth, and the lip reader to read it.
+
+        The encoder stays as it is then: with pictures to gain from it, it would learn this film's frames by heart.
+        """
         config = self.config
-        optimizer = torch.optim.AdamW(self.avatar.conditioner.parameters(), lr=config.listening_rate, weight_decay=config.listening_decay)
-        relative = {name: getattr(config.weights, name) / (config.weights.hearing or 1.0) for name in ("velocity", "silence")} | {"hearing": 1.0}
+        self.ear.requires_grad_(True)
+        optimizer = torch.optim.AdamW(self.ear.parameters(), lr=config.listening_rate, weight_decay=config.listening_decay)
+        weights = {name: getattr(config.weights, name) for name in ("hearing", "velocity", "silence")}
         for number in range(config.listening_steps):
             optimizer.param_groups[0]["lr"] = config.listening_rate * (1 - number / config.listening_steps)
             terms = self._hear(max(1, config.listening_frames // 2))
-            loss = weighted_sum(terms, relative)
+            loss = weighted_sum(terms, weights)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
             if number % 20 == 19:
                 progress("listen", number + 1, config.listening_steps, {name: float(term.detach()) for name, term in terms.items()})
+        optimizer.zero_grad(set_to_none=True)
+        self.ear.requires_grad_(False)
         self.average.module.load_state_dict(self.avatar.state_dict())
         if config.weights.lips:
             self._teach_reader()
@@ -175,7 +179,7 @@ class Lesson:
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * scale
         index = torch.randint(self.num_frames, (config.frames_per_step,), generator=choice)
-        terms = self._compare(self._render(index), index) | self._hear(8)
+        terms = self._compare(self._render(index), index)
         loss = weighted_sum(terms, vars(config.weights))
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
