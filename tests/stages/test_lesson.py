@@ -38,8 +38,9 @@ def test_terms_are_named_and_a_weight_of_zero_leaves_one_out(avatar: Avatar, cli
     assert found.keys() - bare.keys() == {"structure", "lips", "detail"}
     with pytest.raises(ConfigError, match="cannot be negative"):
         LossWeights(image=-1.0)
-    with pytest.raises(ConfigError, match="a share"):
-        LessonConfig(tracked_mouth=1.5)
+    for share in ({"tracked_mouth": 1.5}, {"unusual_mouths": -0.1}):
+        with pytest.raises(ConfigError, match="a share"):
+            LessonConfig(**share)
 
 
 def test_structure_is_one_less_the_similarity() -> None:
@@ -70,6 +71,16 @@ def test_the_ear_learns_by_listening_and_then_stays_as_it_is(avatar: Avatar, cli
     changed = {name for name in after if not listened[name].equal(after[name])}
     assert {"predictor.bases", "personalized.identity"} <= changed
     assert all(before[name].equal(listened[name]) for name in before if name not in ear)
+
+
+def test_unusual_mouths_are_drawn_as_often_as_asked(avatar: Avatar, clip: Clip) -> None:
+    chances = [
+        Lesson(copy.deepcopy(avatar), clip, replace(QUICK, unusual_mouths=share), num_frames=9, device="cpu", seed=0).chances
+        for share in (0.0, 1.0, 0.5)
+    ]
+    torch.testing.assert_close(chances[0], torch.full((9,), 1 / 9))
+    torch.testing.assert_close(chances[2], (chances[0] + chances[1]) / 2)
+    assert chances[1].max() > chances[1].min()
 
 
 def test_the_bases_see_the_tracked_mouth_as_often_as_asked(avatar: Avatar, clip: Clip) -> None:

@@ -24,6 +24,7 @@ from talk3d.training.losses import (
     premultiply,
     quiet_frames,
     shut_mouth,
+    unusual,
     weighted_sum,
 )
 from talk3d.types import AudioFeatures, Rendering, Triplane, Waveform
@@ -207,6 +208,16 @@ def test_with_noise_sounds_are_mixed_and_so_is_what_should_be_heard() -> None:
         found = conditioner.mouth_head(listen(mixed[0][: len(pairs)]))
     wanted = shares @ heard.shapes.values[pairs]
     torch.testing.assert_close(losses["hearing"].detach(), ((found - wanted).square() * heard.shapes.importance).sum(1).mean(), rtol=1e-3, atol=0)
+
+
+def test_unusual_mouths_have_the_greater_chance() -> None:
+    shut, wide = 0.1 * torch.randn(950, 8), 3 + torch.randn(50, 8)
+    chances = unusual(torch.cat([shut, wide]))
+    assert chances.sum().item() == pytest.approx(1, abs=1e-5) and bool((chances > 0).all())
+    assert chances[950:].min() > chances[:950].mean() and chances[950:].sum() > 0.7
+    torch.testing.assert_close(unusual(torch.zeros(5, 2)), torch.full((5,), 0.2))
+    many = unusual(torch.cat([shut, wide]).repeat(5, 1))
+    assert many[950:1000].sum() > 5 * many[:950].sum() * 50 / 950
 
 
 def test_frames_are_quiet_where_nothing_sounds_near() -> None:

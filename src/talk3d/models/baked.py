@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from talk3d.models.attention import TransformerBlock
 from talk3d.models.avatar import Avatar
-from talk3d.models.deltaplane import DeltaplanePredictor, PlaneTransformer, Stage
+from talk3d.models.deltaplane import DeltaplanePredictor, PlaneTransformer, Stage, mouth_window
 from talk3d.models.renderer import GuidedRenderer
 from talk3d.models.superresolution import BakedSuperresolution, baked_kernel
 from talk3d.ops.planes import RolledOutKernels, RollOut, convolve_split, split_rolled_out
@@ -148,8 +148,9 @@ class BakedDeltaplane:
             self.last = [
                 (baked_kernel(conv.weight * scale, dtype), (conv.bias * scale).detach().to(dtype)) for conv in convs if conv.bias is not None
             ]
-        bases = predictor.bases
+        bases, config = predictor.bases, predictor.config
         self.bases = None if bases is None else (bases * scale).detach().permute(0, 1, 3, 4, 2).to(dtype).contiguous()  # k 3 h w c
+        self.num_near, self.window = config.num_near, mouth_window(config.plane_axes, config.plane_resolution)
 
     def __call__(self, tokens: Float[Tensor, "b k e"], coefficients: Float[Tensor, "b m"]) -> list[Float[Tensor, "b c h w"]]:
         """Return the three planes of each set of tokens."""
@@ -168,9 +169,19 @@ class BakedDeltaplane:
         else:
             planes = [plane * self.scale for plane in planes]
         if self.bases is not None:
-            blended = (coefficients @ self.bases.flatten(1)).unflatten(1, self.bases.shape[1:]).permute(0, 1, 4, 2, 3)  # b 3 c h w
-            planes = [plane + blend for plane, blend in zip(planes, blended.unbind(1), strict=True)]
-        return [upsample2(plane).float().add_(whole) for plane, whole in zip(planes, self.identity, strict=True)]
+            far = self._blend(coefficients, slice(self.num_near, None))
+            planes = [plane + blend for plane, blend in zip(planes, far, strict=True)]
+        whole = [upsample2(plane).float().add_(identity) for plane, identity in zip(planes, self.identity, strict=True)]
+        if self.num_near:
+            for plane, near, (rows, columns) in zip(whole, self._blend(coefficients, slice(self.num_near)), self.window, strict=True):
+                plane[:, :, rows, columns] += near
+        return whole
+
+    def _blend(self, coefficients: Float[Tensor, "b m"], part: slice) -> tuple[Float[Tensor, "b c h w"], ...]:
+        """Sum some of the bases by their weights."""
+        assert self.bases is not None
+        blended = (coefficients[:, part] @ self.bases[part].flatten(1)).unflatten(1, self.bases.shape[1:])
+        return blended.permute(0, 1, 4, 2, 3).unbind(1)  # b 3 c h w
 
 
 class BakedAvatar:

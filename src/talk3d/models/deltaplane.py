@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from talk3d.models.attention import SLOTS, TransformerBlock, apply_per_slot, per_slot
-from talk3d.ops.planes import RollOut, convolve_rolled_out
+from talk3d.ops.planes import RollOut, convolve_rolled_out, plane_axes
 from talk3d.ops.resample import downsample2, fir_filter, upsample2
 from talk3d.types import PlaneAxes, Triplane
 
@@ -45,8 +45,21 @@ class DeltaplaneConfig:
     """Transformer blocks."""
     num_bases: int = 0
     """Linear bases beside the U-Net, at half the planes' resolution; the published networks have none."""
+    num_near: int = 0
+    """So many of the bases, the first ones, lie at full resolution instead, in a window round the mouth of half the planes' sides."""
     released: bool = False
     """The released network to the letter: batch norm, output through the last leaky ReLU, roll-out and positions on the axes it was trained with."""
+
+
+WINDOW_CENTRE = (0.0, -0.13, 0.15)
+"""Of the window round the mouth, in sides of the cube from its middle: it holds the face from the eyes to below the chin."""
+
+
+def mouth_window(axes: PlaneAxes, resolution: int) -> tuple[tuple[slice, slice], ...]:
+    """Return, for each plane, the rows and columns of the window round the mouth, of half the sides."""
+    first = [round((centre + 0.25) * resolution) for centre in WINDOW_CENTRE]
+    spans = [slice(low, low + resolution // 2) for low in first]
+    return tuple((spans[row], spans[column]) for column, row in plane_axes(axes))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,8 +253,19 @@ class DeltaplanePredictor(nn.Module):
             x = apply_per_slot(self.out, x)  # linear and before the upsampling, which is linear too
         if self.bases is not None:
             assert coefficients is not None, "this network has linear bases: give their weights"
-            x = x + (coefficients @ self.bases.flatten(1)).view(x.shape)
-        return Triplane(planes=_resample(upsample2, x) * self.scale, axes=self.config.plane_axes)
+            near = self.config.num_near
+            x = x + (coefficients[:, near:] @ self.bases[near:].flatten(1)).view(x.shape)
+            x = _resample(upsample2, x) + self._in_window((coefficients[:, :near] @ self.bases[:near].flatten(1)).view(x.shape))
+        else:
+            x = _resample(upsample2, x)
+        return Triplane(planes=x * self.scale, axes=self.config.plane_axes)
+
+    def _in_window(self, near: Float[Tensor, "b 3 c h w"]) -> Float[Tensor, "b 3 c p p"]:
+        """Put pieces into the window round the mouth of planes that are zero elsewhere."""
+        side = self.config.plane_resolution
+        windows = mouth_window(self.config.plane_axes, side)
+        borders = [(columns.start, side - columns.stop, rows.start, side - rows.stop) for rows, columns in windows]
+        return torch.stack([F.pad(piece, border) for piece, border in zip(near.unbind(1), borders, strict=True)], 1)
 
     def score_maps(self, prefix: DeltaplanePrefix, tokens: Float[Tensor, "b k e"]) -> Float[Tensor, "l b h m k"]:
         """Return where each block (l) and head looks: how much every cell of the three planes, row-major, attends to each of the k tokens."""

@@ -25,6 +25,7 @@ from talk3d.training.losses import (
     premultiply,
     quiet_frames,
     shut_mouth,
+    unusual,
     weighted_sum,
 )
 from talk3d.types import Clip, Driving, Progress, Rendering
@@ -82,7 +83,9 @@ class LessonConfig:
     reading_steps: int = 300
     """Steps in which the lip reader is taught."""
     learning_rate: float = 2e-3
-    """Adam's rate of U-Net, tokens and linear bases at the start; falls to a twentieth along a half cosine."""
+    """Adam's rate of U-Net and tokens at the start; falls to a twentieth along a half cosine."""
+    bases_rate: float = 1e-2
+    """Adam's rate of the linear bases, with the same schedule."""
     renderer_rate: float = 1.5e-3
     """Adam's rate of decoder and super-resolution, with the same schedule; 0 leaves them as they are."""
     identity_rate: float = 8e-3
@@ -93,6 +96,8 @@ class LessonConfig:
     """How much more a pixel of the face counts."""
     audio_noise: float = 0.3
     """Standard deviation of the noise on speech features, in their units."""
+    unusual_mouths: float = 0.5
+    """Share of draws that prefer frames whose mouth is unlike that of most others: wide open mouths are few."""
     tracked_mouth: float = 0.7
     """Share of draws in which the linear bases see the tracked mouth instead of what is heard: errors of hearing would shrink the lips' motion."""
     average_decay: float = 0.99
@@ -104,8 +109,9 @@ class LessonConfig:
         """Refuse numbers that cannot work."""
         if min(self.steps, self.frames_per_step) < 1:
             raise ConfigError("train needs at least 1 step and 1 frame a step: give positive numbers")
-        if not 0 <= self.tracked_mouth <= 1:
-            raise ConfigError(f"tracked_mouth is a share, got {self.tracked_mouth}: give a number from 0 to 1")
+        for name in ("tracked_mouth", "unusual_mouths"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name} is a share, got {getattr(self, name)}: give a number from 0 to 1")
 
 
 class Lesson:
@@ -126,13 +132,19 @@ class Lesson:
         self.perceptual = _if_there(lambda: load_lpips(device=device)) if config.weights.perceptual else None
         self.average = Average(avatar, config.average_decay)
         self.modules: dict[str, nn.Module] = {"avatar": avatar, "average": self.average.module, "reader": self.reader}
+        self.chances = torch.lerp(torch.full((num_frames,), 1 / num_frames), unusual(shapes.values[:num_frames]), config.unusual_mouths)
+        bases = avatar.predictor.bases
         self.ear = avatar.conditioner.ear().requires_grad_(False)
-        talking = [part for part in [*avatar.conditioner.parameters(), *avatar.predictor.parameters()] if part.requires_grad]
-        self.rates = (config.learning_rate, config.renderer_rate, config.identity_rate * float(avatar.predictor.scale))
-        self.optimizer = torch.optim.Adam(
-            [{"params": talking}, {"params": list(avatar.personalized.renderer.parameters())}, {"params": [avatar.personalized.identity]}],
-            betas=(0.9, 0.99),
-        )
+        others = [part for part in [*avatar.conditioner.parameters(), *avatar.predictor.parameters()] if part.requires_grad and part is not bases]
+        identity_rate = config.identity_rate * float(avatar.predictor.scale)
+        groups = [
+            (config.learning_rate, others),
+            (config.renderer_rate, list(avatar.personalized.renderer.parameters())),
+            (identity_rate, [avatar.personalized.identity]),
+            *([] if bases is None else [(config.bases_rate, [bases])]),
+        ]
+        self.rates = [rate for rate, _ in groups]
+        self.optimizer = torch.optim.Adam([{"params": params} for _, params in groups], betas=(0.9, 0.99))
         self.generators = {"choice": torch.Generator().manual_seed(seed), "rays": torch.Generator(device).manual_seed(seed)}
 
     def listen(self, progress: Progress) -> None:
@@ -178,7 +190,7 @@ class Lesson:
         scale = cosine_decay(number / config.steps, 0.05) * min(1.0, (number + 1) / 50)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * scale
-        index = torch.randint(self.num_frames, (config.frames_per_step,), generator=choice)
+        index = torch.multinomial(self.chances, config.frames_per_step, replacement=True, generator=choice)
         terms = self._compare(self._render(index), index)
         loss = weighted_sum(terms, vars(config.weights))
         self.optimizer.zero_grad(set_to_none=True)

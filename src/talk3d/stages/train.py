@@ -67,6 +67,7 @@ def avatar_sizes(renderer: RendererConfig, audio_channels: int = ConditioningCon
         widths=(channels, 2 * channels, 2 * head),
         head_width=head,
         num_bases=conditioning.num_coefficients,
+        num_near=conditioning.mouth_shapes,
     )
     return AvatarConfig(conditioning=conditioning, deltaplane=deltaplane)
 

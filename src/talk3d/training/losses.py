@@ -155,6 +155,25 @@ def mouth_shapes(landmarks: Float[Tensor, "t n 2"], head_pose: Float[Tensor, "t 
     return MouthShapes(values=values, importance=weights / weights.sum().clamp(min=1e-9))
 
 
+def unusual(values: Float[Tensor, "t k"], num_components: int = 3, neighbours: int = 20, most: int = 2000) -> Float[Tensor, " t"]:
+    """Return chances of frames that are the greater the fewer mouths are like theirs; they sum to 1.
+
+    Frames of a mouth that is one of many are drawn about as often in all as those of a mouth that is seldom seen: the chance goes by the area
+    that holds a frame's nearest neighbours, among `most` frames at the most.
+
+    Args:
+        values: standardised components of the mouth.
+        num_components: the first ones, which are looked at.
+        neighbours: how many neighbours.
+        most: frames to look for neighbours in.
+    """
+    points = values[:, :num_components]
+    others = points[torch.linspace(0, len(points) - 1, min(len(points), most)).round().long()]
+    distance = torch.cdist(points, others).kthvalue(min(neighbours, len(others)), 1).values
+    area = distance.square() + 1e-6
+    return area / area.sum()
+
+
 def _without_pose(values: Float[Tensor, "t c"], head_pose: Float[Tensor, "t 3"]) -> Float[Tensor, "t c"]:
     """Take out of centred values what a quadratic in the head's angles predicts; a faint ridge copes with a head that is still."""
     angles = (head_pose - head_pose.mean(0)) / head_pose.std(0, correction=0).clamp(min=1e-3)
