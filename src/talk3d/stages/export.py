@@ -75,7 +75,12 @@ def export_mesh(avatar: Avatar, path: Path, *, side: int = 256) -> None:
     person = avatar.personalized
     with torch.no_grad():
         mesh = extract_mesh(person.renderer, person.triplane, side)
-    mesh.export(path)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        mesh.export(partial, file_type=path.suffix[1:].lower())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def export_onnx(avatar: Avatar, folder: Path) -> list[Path]:

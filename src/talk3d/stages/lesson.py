@@ -1,5 +1,6 @@
 """One step of training an avatar: draw frames, predict their deltaplanes, render, compare, descend."""
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -233,12 +234,7 @@ class Lesson:
     def _driving(self, index: Int[Tensor, " b"]) -> Driving:
         true = self.clip.driving(index)
         noise = torch.randn(true.audio.shape, generator=self.generators["choice"])
-        return Driving(
-            audio=(true.audio + self.config.audio_noise * noise).to(self.device),
-            blink=true.blink.float().to(self.device),
-            head_pose=true.head_pose.float().to(self.device),
-            anchors=true.anchors.float().to(self.device),
-        )
+        return dataclasses.replace(true, audio=true.audio + self.config.audio_noise * noise).to(self.device)
 
 
 def structure_loss(image: Float[Tensor, "b 3 h w"], target: Float[Tensor, "b 3 h w"], weight: Float[Tensor, "b 1 h w"]) -> Float[Tensor, ""]:

@@ -26,7 +26,7 @@ from talk3d.stages.personalize import face_emphasis
 from talk3d.stages.viewpoints import trained_views
 from talk3d.training.loop import Best, Loop
 from talk3d.training.losses import MouthShapes, premultiply
-from talk3d.types import Clip, Driving, Progress, silent
+from talk3d.types import Clip, Progress, silent
 
 MAX_VALIDATION = 50
 """Most frames of the training part that are not learnt from."""
@@ -133,8 +133,7 @@ def picture_error(avatar: nn.Module, clip: Clip, frames: Int[Tensor, " v"], devi
     chosen = frames[torch.linspace(0, len(frames) - 1, min(count, len(frames))).round().long()]
     errors = []
     for index in chosen.split(4):
-        driving = clip.driving(index)
-        driving = Driving(**{name: getattr(driving, name).float().to(device) for name in ("audio", "blink", "head_pose", "anchors")})
+        driving = clip.driving(index).to(device)
         with torch.no_grad():
             image = avatar.render(driving, clip.track.cameras[index].to(device)).image.cpu()
         weight = face_emphasis(clip.track.landmarks[index].float(), image.shape[-1], 10.0, 10.0)
