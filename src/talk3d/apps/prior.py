@@ -83,6 +83,7 @@ def pretrain_prior(
 
     Args:
         dataset: folder or zip in EG3D's layout: pictures (alpha is the foreground) and dataset.json with camera labels.
+            Besides, where there are any: samples.npz (which pictures show one moment, one person), depth.npy (distances along their rays).
         out: the prior, a new file.
         config: in which way, how long and how hard to train.
         start: a preset, which the networks of a new prior follow; or a prior to go on from: a file, or the word builtin for the shipped one.
