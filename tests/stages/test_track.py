@@ -97,6 +97,19 @@ def test_cameras_follow_the_truth_and_points_lie_on_the_projected_head(clip: Cli
     )
 
 
+def test_lips_and_eye_corners_lie_where_the_truth_has_them(clip: Clip, person: Path):
+    with np.load(person / "truth.npz") as known:
+        truth = torch.from_numpy(known["landmarks"][:NUM_FRAMES]).double()
+    crop = torch.from_numpy(clip.track.crop)
+    truth = truth @ crop[:, :, :2].mT + crop[:, None, :, 2]
+    eyes = dict(zip((36, 39, 42, 45), (33, 133, 362, 263), strict=True))
+    lips = dict(zip(range(48, 68), (61, 39, 37, 0, 267, 269, 291, 405, 314, 17, 84, 181, 78, 81, 13, 311, 308, 402, 14, 178), strict=True))
+    apart = (truth[:, 36] - truth[:, 45]).norm(dim=-1)
+    for pairs, most in ((eyes, 0.02), (lips, 0.028)):
+        error = (clip.track.landmarks[:, list(pairs.values())] - truth[:, list(pairs)]).norm(dim=-1).mean(1) / apart
+        assert error.mean() < most
+
+
 def test_the_crop_map_cuts_what_it_says(clip: Clip, person: Path):
     frame = next(read_video(person / "video.mp4")).astype(float)
     scale, _, left = clip.track.crop[0, 0]

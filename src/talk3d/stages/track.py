@@ -7,7 +7,7 @@ import math
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -40,6 +40,7 @@ from talk3d.perception.landmarks import (
     load_face_model,
     normalize_blink,
 )
+from talk3d.perception.liplines import correct_lips
 from talk3d.perception.nod import choose_views, find_nod
 from talk3d.perception.parsing import BiSeNetParser, FaceParser, SelfieMatting, steady_mattes
 from talk3d.perception.regions import OutlineParser
@@ -147,6 +148,7 @@ def track(
     face = measures(faces, np.arange(num_frames), motion, model)
     check = capture_report(scan, face, waveform, cuts=cuts, start=faces.start, num_frames=num_frames, applied_ms=config.audio_offset_ms)
     review(check)
+    faces = replace(faces, landmarks=correct_lips(faces.landmarks, model.kind))  # pose and measures are made for points as networks give them
     crop = _crop_maps(motion, size, config.size_px)
     face_track = _face_track(faces, motion, crop, size, config.size_px)
     frames, masks = _write_crops(scan, faces.start, crop, face_track.landmarks.numpy(), config.size_px, parser, progress)
