@@ -35,17 +35,16 @@ def shifts(opening: float, kind: ModelKind) -> Tensor:
 @pytest.mark.parametrize("kind", KINDS)
 def test_corners_and_middles_move_by_what_the_table_says(kind: ModelKind):
     moved, bias = shifts(0.3, kind), LIP_BIASES[kind]
-    opening = float(mouth_opening(face(0.3)))
     expected = {
         **dict.fromkeys((61, 291), bias.outer_corner),
         **dict.fromkeys((78, 308), bias.inner_corner),
         0: 0.0,
         17: bias.outer_lower,
         13: bias.inner_middle,
-        14: bias.inner_middle + bias.opening * opening,
+        14: bias.inner_middle,
         11: bias.inner_middle / 3,
         12: 2 * bias.inner_middle / 3,
-        15: bias.outer_lower / 3 + 2 * (bias.inner_middle + bias.opening * opening) / 3,
+        15: bias.outer_lower / 3 + 2 * bias.inner_middle / 3,
         76: (2 * bias.outer_corner + bias.inner_corner) / 3,
         40: 0.36 * bias.outer_corner,
         91: 0.36 * bias.outer_corner + 0.64 * bias.outer_lower,
@@ -65,18 +64,17 @@ def test_only_lips_move(kind: ModelKind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_shut_mouth_stays_shut_and_open_lips_never_cross(kind: ModelKind):
+def test_a_mouth_stays_as_shut_or_open_as_it_was_and_lips_never_cross(kind: ModelKind):
     outer, inner = LIP_RINGS[0], LIP_RINGS[-1]
     upper, lower = list(inner[1:10]), list(inner[:10:-1])
     shut = correct_lips(face(0.0), kind)[0]
     torch.testing.assert_close(shut[upper], shut[lower])
     for opening in (0.0, 0.01, 0.1, 0.5):
         lips = correct_lips(face(opening), kind)[0, :, 1]
-        assert (lips[lower] - lips[upper] >= (face(opening)[0, lower, 1] - face(opening)[0, upper, 1]) - 1e-9).all()
+        torch.testing.assert_close(lips[lower] - lips[upper], face(opening)[0, lower, 1] - face(opening)[0, upper, 1])
+        torch.testing.assert_close(mouth_opening(correct_lips(face(opening), kind)), mouth_opening(face(opening)))
         assert (lips[upper] > lips[list(outer[1:10])]).all()
         assert (lips[list(outer[:10:-1])] > lips[lower]).all()
-    wide, narrow = (float(mouth_opening(correct_lips(face(opening), kind))) for opening in (0.4, 0.2))
-    assert wide / narrow == pytest.approx(2)
 
 
 @pytest.mark.parametrize("kind", KINDS)
