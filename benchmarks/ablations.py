@@ -60,7 +60,7 @@ class Row:
 
 ROWS = {
     "default": Row(question="everything as shipped"),
-    "no-bases": Row(question="topology: the attention U-Net alone", deltaplane={"num_bases": 0}),
+    "no-bases": Row(question="topology: the attention U-Net alone", deltaplane={"num_bases": 0, "num_near": 0}),
     "one-block": Row(question="topology: one transformer block", deltaplane={"num_blocks": 1}),
     "four-blocks": Row(question="topology: four transformer blocks", deltaplane={"num_blocks": 4}),
     "no-blink": Row(question="tokens: without the blink", still=("blink",)),

@@ -71,7 +71,7 @@ def make_parts(size: str, batch: int, device: str) -> dict[str, Part]:
         predictor = DeltaplanePredictor(avatar.deltaplane).eval()
         z, label = torch.randn(1, sizes.z_dim), torch.randn(1, 25) if sizes.c_dim else None
         tokens = torch.randn(batch, 5, avatar.deltaplane.token_width)
-        coefficients = torch.randn(batch, avatar.deltaplane.num_bases)
+        coefficients = torch.randn(batch, avatar.deltaplane.num_bases + avatar.deltaplane.num_near)
     for parameter in predictor.parameters():
         if not parameter.any():  # what starts at zero would hide differences
             torch.nn.init.normal_(parameter, std=0.1)

@@ -35,6 +35,6 @@ def test_talking_parts_fit_their_generators(sizes: GeneratorConfig) -> None:
         deltaplane = config.deltaplane
         assert (deltaplane.plane_channels, deltaplane.plane_resolution) == (sizes.renderer.plane_channels, sizes.renderer.plane_resolution)
         assert deltaplane.token_width == config.conditioning.token_width and deltaplane.widths[2] % deltaplane.head_width == 0
-        assert deltaplane.num_bases == config.conditioning.num_coefficients
+        assert deltaplane.num_bases + deltaplane.num_near == config.conditioning.num_coefficients
         with torch.device("meta"):
             DeltaplanePredictor(deltaplane)

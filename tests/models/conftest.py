@@ -23,8 +23,9 @@ def make_predictor() -> Callable[..., DeltaplanePredictor]:
             assert isinstance(layer, nn.Conv2d) and layer.bias is not None
             nn.init.normal_(layer.weight, std=0.5)
             nn.init.normal_(layer.bias)
-        if predictor.bases is not None:
-            nn.init.normal_(predictor.bases)
+        for bases in (predictor.bases, predictor.near):
+            if bases is not None:
+                nn.init.normal_(bases)
         return predictor
 
     return make

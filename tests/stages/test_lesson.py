@@ -69,7 +69,7 @@ def test_the_ear_learns_by_listening_and_then_stays_as_it_is(avatar: Avatar, cli
     assert ear and not all(before[name].equal(listened[name]) for name in ear)
     assert all(listened[name].equal(after[name]) for name in ear)
     changed = {name for name in after if not listened[name].equal(after[name])}
-    assert {"predictor.bases", "personalized.identity"} <= changed
+    assert {"predictor.bases", "predictor.near", "personalized.identity"} <= changed
     assert all(before[name].equal(listened[name]) for name in before if name not in ear)
 
 
@@ -86,13 +86,13 @@ def test_unusual_mouths_are_drawn_as_often_as_asked(avatar: Avatar, clip: Clip) 
 def test_the_bases_see_the_tracked_mouth_as_often_as_asked(avatar: Avatar, clip: Clip) -> None:
     loud = copy.deepcopy(avatar)
     with torch.no_grad():
-        loud.predictor.bases.normal_()
+        loud.predictor.near.normal_()
         loud.conditioner.mouth_head.bias.add_(5.0)
     images = []
     for share in (0.0, 1.0):
         for model in (loud, avatar):
             model = copy.deepcopy(model)
-            model.predictor.bases.data.copy_(loud.predictor.bases)
+            model.predictor.near.data.copy_(loud.predictor.near)
             lesson = Lesson(model, clip, replace(QUICK, tracked_mouth=share), num_frames=11, device="cpu", seed=0)
             images.append(lesson._render(torch.tensor([2, 5])).raw.detach())
     assert not torch.allclose(images[0], images[1]) and torch.allclose(images[2], images[3])

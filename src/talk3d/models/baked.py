@@ -148,9 +148,11 @@ class BakedDeltaplane:
             self.last = [
                 (baked_kernel(conv.weight * scale, dtype), (conv.bias * scale).detach().to(dtype)) for conv in convs if conv.bias is not None
             ]
-        bases, config = predictor.bases, predictor.config
-        self.bases = None if bases is None else (bases * scale).detach().permute(0, 1, 3, 4, 2).to(dtype).contiguous()  # k 3 h w c
-        self.num_near, self.window = config.num_near, mouth_window(config.plane_axes, config.plane_resolution)
+        self.bases, self.near = (
+            None if bases is None else (bases * scale).detach().permute(0, 1, 3, 4, 2).to(dtype).contiguous()  # k 3 h w c
+            for bases in (predictor.bases, predictor.near)
+        )
+        self.window = mouth_window(predictor.config.plane_axes, predictor.config.plane_resolution)
 
     def __call__(self, tokens: Float[Tensor, "b k e"], coefficients: Float[Tensor, "b m"]) -> list[Float[Tensor, "b c h w"]]:
         """Return the three planes of each set of tokens."""
@@ -169,19 +171,19 @@ class BakedDeltaplane:
         else:
             planes = [plane * self.scale for plane in planes]
         if self.bases is not None:
-            far = self._blend(coefficients, slice(self.num_near, None))
+            far = _blend(self.bases, coefficients[:, -len(self.bases) :])
             planes = [plane + blend for plane, blend in zip(planes, far, strict=True)]
         whole = [upsample2(plane).float().add_(identity) for plane, identity in zip(planes, self.identity, strict=True)]
-        if self.num_near:
-            for plane, near, (rows, columns) in zip(whole, self._blend(coefficients, slice(self.num_near)), self.window, strict=True):
-                plane[:, :, rows, columns] += near
+        if self.near is not None:
+            near = _blend(self.near, coefficients[:, : len(self.near)])
+            for plane, blend, (rows, columns) in zip(whole, near, self.window, strict=True):
+                plane[:, :, rows, columns] += blend
         return whole
 
-    def _blend(self, coefficients: Float[Tensor, "b m"], part: slice) -> tuple[Float[Tensor, "b c h w"], ...]:
-        """Sum some of the bases by their weights."""
-        assert self.bases is not None
-        blended = (coefficients[:, part] @ self.bases[part].flatten(1)).unflatten(1, self.bases.shape[1:])
-        return blended.permute(0, 1, 4, 2, 3).unbind(1)  # b 3 c h w
+
+def _blend(bases: Float[Tensor, "k 3 h w c"], coefficients: Float[Tensor, "b k"]) -> tuple[Float[Tensor, "b c h w"], ...]:
+    """Sum bases by their weights, for each plane."""
+    return (coefficients @ bases.flatten(1)).unflatten(1, bases.shape[1:]).permute(0, 1, 4, 2, 3).unbind(1)
 
 
 class BakedAvatar:

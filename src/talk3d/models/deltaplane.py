@@ -46,7 +46,7 @@ class DeltaplaneConfig:
     num_bases: int = 0
     """Linear bases beside the U-Net, at half the planes' resolution; the published networks have none."""
     num_near: int = 0
-    """So many of the bases, the first ones, lie at full resolution instead, in a window round the mouth of half the planes' sides."""
+    """Further bases, whose weights come first, at full resolution in a window round the mouth of half the planes' sides."""
     released: bool = False
     """The released network to the letter: batch norm, output through the last leaky ReLU, roll-out and positions on the axes it was trained with."""
 
@@ -198,6 +198,7 @@ class DeltaplanePredictor(nn.Module):
 
     scale: Tensor
     bases: nn.Parameter | None
+    near: nn.Parameter | None
 
     def __init__(self, config: DeltaplaneConfig) -> None:
         super().__init__()
@@ -216,7 +217,8 @@ class DeltaplanePredictor(nn.Module):
             for parameter in layer.parameters():
                 nn.init.zeros_(parameter)
         side = config.plane_resolution // 2
-        self.register_parameter("bases", nn.Parameter(torch.zeros(config.num_bases, 3, c, side, side)) if config.num_bases else None)
+        for name, count in (("bases", config.num_bases), ("near", config.num_near)):
+            self.register_parameter(name, nn.Parameter(torch.zeros(count, 3, c, side, side)) if count else None)
 
     @property
     def _attention(self) -> PlaneTransformer:
@@ -252,13 +254,11 @@ class DeltaplanePredictor(nn.Module):
         if not self.config.released:
             x = apply_per_slot(self.out, x)  # linear and before the upsampling, which is linear too
         if self.bases is not None:
-            assert coefficients is not None, "this network has linear bases: give their weights"
-            near = self.config.num_near
-            x = x + (coefficients[:, near:] @ self.bases[near:].flatten(1)).view(x.shape)
-            x = _resample(upsample2, x) + self._in_window((coefficients[:, :near] @ self.bases[:near].flatten(1)).view(x.shape))
-        else:
-            x = _resample(upsample2, x)
-        return Triplane(planes=x * self.scale, axes=self.config.plane_axes)
+            x = x + _blend(self.bases, coefficients, self.config.num_near)
+        planes = _resample(upsample2, x)
+        if self.near is not None:
+            planes = planes + self._in_window(_blend(self.near, coefficients, 0))
+        return Triplane(planes=planes * self.scale, axes=self.config.plane_axes)
 
     def _in_window(self, near: Float[Tensor, "b 3 c h w"]) -> Float[Tensor, "b 3 c p p"]:
         """Put pieces into the window round the mouth of planes that are zero elsewhere."""
@@ -276,6 +276,12 @@ class DeltaplanePredictor(nn.Module):
     def forward(self, identity: Triplane, tokens: Float[Tensor, "b k e"], coefficients: Float[Tensor, "b m"] | None = None) -> Triplane:
         """Return the deltaplanes for one person's identity planes."""
         return self.predict(self.prepare(identity, len(tokens)), tokens, coefficients)
+
+
+def _blend(bases: Float[Tensor, "n 3 c h w"], coefficients: Float[Tensor, "b m"] | None, first: int) -> Float[Tensor, "b 3 c h w"]:
+    """Sum bases by their weights, which begin at `first`."""
+    assert coefficients is not None, "this network has linear bases: give their weights"
+    return (coefficients[:, first : first + len(bases)] @ bases.flatten(1)).unflatten(1, bases.shape[1:])
 
 
 def _resample(how: Callable[[Tensor], Tensor], x: Float[Tensor, "b 3 c h w"]) -> Float[Tensor, "b 3 c i j"]:

@@ -33,6 +33,9 @@ from talk3d.types import Clip, Driving, Progress, Rendering
 
 T = TypeVar("T")
 
+NEGLIGIBLE = 1e-6
+"""Size of gradients of the mouth's bases below which cells hardly move: most are below 1e-5, and those that no frame shows would become noise."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class LossWeights:
@@ -85,8 +88,8 @@ class LessonConfig:
     """Steps in which the lip reader is taught."""
     learning_rate: float = 2e-3
     """Adam's rate of U-Net and tokens at the start; falls to a twentieth along a half cosine."""
-    bases_rate: float = 1e-2
-    """Adam's rate of the linear bases, with the same schedule."""
+    mouth_rate: float = 1e-2
+    """Adam's rate of the mouth's linear bases, with the same schedule."""
     renderer_rate: float = 1.5e-3
     """Adam's rate of decoder and super-resolution, with the same schedule; 0 leaves them as they are."""
     identity_rate: float = 8e-3
@@ -134,18 +137,18 @@ class Lesson:
         self.average = Average(avatar, config.average_decay)
         self.modules: dict[str, nn.Module] = {"avatar": avatar, "average": self.average.module, "reader": self.reader}
         self.chances = torch.lerp(torch.full((num_frames,), 1 / num_frames), unusual(shapes.values[:num_frames]), config.unusual_mouths)
-        bases = avatar.predictor.bases
+        near = avatar.predictor.near
         self.ear = avatar.conditioner.ear().requires_grad_(False)
-        others = [part for part in [*avatar.conditioner.parameters(), *avatar.predictor.parameters()] if part.requires_grad and part is not bases]
+        others = [part for part in [*avatar.conditioner.parameters(), *avatar.predictor.parameters()] if part.requires_grad and part is not near]
         identity_rate = config.identity_rate * float(avatar.predictor.scale)
         groups = [
-            (config.learning_rate, others),
-            (config.renderer_rate, list(avatar.personalized.renderer.parameters())),
-            (identity_rate, [avatar.personalized.identity]),
-            *([] if bases is None else [(config.bases_rate, [bases])]),
+            (config.learning_rate, 1e-8, others),
+            (config.renderer_rate, 1e-8, list(avatar.personalized.renderer.parameters())),
+            (identity_rate, 1e-8, [avatar.personalized.identity]),
+            *([] if near is None else [(config.mouth_rate, NEGLIGIBLE, [near])]),
         ]
-        self.rates = [rate for rate, _ in groups]
-        self.optimizer = torch.optim.Adam([{"params": params} for _, params in groups], betas=(0.9, 0.99))
+        self.rates = [rate for rate, *_ in groups]
+        self.optimizer = torch.optim.Adam([{"params": params, "eps": eps} for _, eps, params in groups], betas=(0.9, 0.99))
         self.generators = {"choice": torch.Generator().manual_seed(seed), "rays": torch.Generator(device).manual_seed(seed)}
 
     def listen(self, progress: Progress) -> None:
