@@ -46,7 +46,7 @@ class DeltaplaneConfig:
     num_bases: int = 0
     """Linear bases beside the U-Net, at half the planes' resolution; the published networks have none."""
     num_near: int = 0
-    """Further bases, whose weights come first, at full resolution in a window round the mouth of half the planes' sides."""
+    """Further bases, whose weights come first, at full resolution in a window round the mouth, up to the eyes, of half the planes' sides."""
     released: bool = False
     """The released network to the letter: batch norm, output through the last leaky ReLU, roll-out and positions on the axes it was trained with."""
 
