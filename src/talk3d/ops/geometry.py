@@ -4,7 +4,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from talk3d.types import Camera
@@ -36,6 +36,17 @@ def vector_from_rotation(rotation: Float[Tensor, "*b 3 3"]) -> Float[Tensor, "*b
     cosine = 0.5 * (rotation.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True) - 1)
     angle = torch.atan2(sine, cosine)
     return axis * torch.where(sine < 1e-6, torch.ones_like(sine), angle / sine.clamp_min(1e-12))
+
+
+def farthest_points(points: Float[Tensor, "n d"], count: int) -> Int[Tensor, " k"]:
+    """Pick points, each as far from those before it as can be; the first is the one nearest to the median."""
+    chosen = [int((points - points.median(0).values).norm(dim=1).argmin())]
+    distance = (points - points[chosen[0]]).norm(dim=1)
+    while len(chosen) < count:
+        distance[chosen[-1]] = -1  # never again, even where all points are the same
+        chosen.append(int(distance.argmax()))
+        distance = torch.minimum(distance, (points - points[chosen[-1]]).norm(dim=1))
+    return torch.tensor(chosen)
 
 
 def cross_matrix(vector: Float[Tensor, "*b 3"]) -> Float[Tensor, "*b 3 3"]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from talk3d.models.avatar import Prior
 from talk3d.models.stylegan2 import resize_to
-from talk3d.ops.geometry import CAMERA_FOCAL, HEAD_PIVOT, intrinsics_matrix, look_at, rotation_from_vector
+from talk3d.ops.geometry import CAMERA_FOCAL, HEAD_PIVOT, farthest_points, intrinsics_matrix, look_at, rotation_from_vector
 from talk3d.types import Camera, Triplane
 
 NUM_VIEWS = 8
@@ -31,15 +31,8 @@ people whom it never saw err by 0.03 to 0.07, a real one by 0.12: there the erro
 
 
 def choose_views(head_pose: Float[Tensor, "t 3"], count: int = NUM_VIEWS) -> Int[Tensor, " k"]:
-    """Return frames, in order, as different in yaw and pitch as can be: farthest-point choice, starting from the frame nearest to the median."""
-    angles = head_pose[:, :2]
-    chosen = [int((angles - angles.median(0).values).norm(dim=1).argmin())]
-    distance = (angles - angles[chosen[0]]).norm(dim=1)
-    for _ in range(min(count, len(angles)) - 1):
-        distance[chosen[-1]] = -1  # never again, even where all frames look the same
-        chosen.append(int(distance.argmax()))
-        distance = torch.minimum(distance, (angles - angles[chosen[-1]]).norm(dim=1))
-    return torch.tensor(sorted(chosen))
+    """Return frames, in order, as different in yaw and pitch as can be."""
+    return farthest_points(head_pose[:, :2], min(count, len(head_pose))).sort().values
 
 
 def nodded(cameras: Camera, angle_rad: float) -> Camera:

@@ -40,8 +40,7 @@ class ActingConfig:
     head_motion: float = 1.0
     """How much the head moves by itself under a camera that does not come from a film; 1 is half of what the clip shows, 0 holds it still."""
     expression: float = 1.0
-    """How far the face moves with speech; 1 as learnt, 0 not at all. Other values than 1 are rendered without what is baked,
-    which takes several times as long."""
+    """How far the face moves with speech; 1 as learnt, 0 not at all. For other values than 1 the planes are made twice."""
     seed: int = 0
     """Of made-up blinks and motion."""
 

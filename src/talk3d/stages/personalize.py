@@ -15,6 +15,7 @@ from torch import Tensor
 from talk3d.errors import ConfigError, ShapeError, TrackingError
 from talk3d.io.weights import load_prior
 from talk3d.models.avatar import PersonalizedGenerator, Prior
+from talk3d.ops.geometry import farthest_points
 from talk3d.perception.landmarks import mouth_opening
 from talk3d.stages.invert import InversionConfig, Views, finer_rays, invert
 from talk3d.training.losses import PictureTarget, premultiply
@@ -62,14 +63,7 @@ def choose_frames(clip: Clip, count: int) -> Int[Tensor, " k"]:
     usable = ((track.confidence[:total, 0] > 0.5) & (sharpness >= sharpness.quantile(0.2))).nonzero()[:, 0]
     if len(usable) < count:
         raise TrackingError(f"{len(usable)} usable training frames, {count} needed: give a longer or sharper video, or ask for fewer frames")
-    features = features[usable]
-    chosen = [int((features - features.median(0).values).norm(dim=1).argmin())]
-    distance = (features - features[chosen[0]]).norm(dim=1)
-    while len(chosen) < count:
-        distance[chosen[-1]] = -1  # never again, even where all frames look the same
-        chosen.append(int(distance.argmax()))
-        distance = torch.minimum(distance, (features - features[chosen[-1]]).norm(dim=1))
-    return usable[chosen]
+    return usable[farthest_points(features[usable], count)]
 
 
 def _sharpness(clip: Clip, frame: int) -> Float[Tensor, ""]:
