@@ -50,6 +50,7 @@ def random_avatar(size: str, device: str) -> Avatar:
         blink=torch.rand(count, 1),
         head_pose=0.2 * torch.randn(count, 3),
         anchors=torch.rand(count, 6),
+        upper_face=0.05 * torch.randn(count, 4),
     )
     background = torch.zeros(3, side, side)
     avatar = Avatar(
@@ -73,7 +74,7 @@ def moments(avatar: Avatar, start: int, batch: int) -> tuple[Driving, Camera]:
     performance, device = avatar.performance, avatar.background.device
     index = (start + torch.arange(batch)) * 7 % len(performance.blink)
     audio = torch.randn(batch, 8, 16, avatar.config.conditioning.audio_channels, generator=torch.Generator().manual_seed(start))
-    parts = {name: getattr(performance, name).cpu()[index].to(device) for name in ("blink", "head_pose", "anchors")}
+    parts = {name: getattr(performance, name).cpu()[index].to(device) for name in ("blink", "head_pose", "anchors", "upper_face")}
     return Driving(audio=audio.to(device), **parts), performance.cameras.to("cpu")[index].to(device)
 
 
@@ -163,7 +164,9 @@ def quality(avatar: Avatar, baked: BakedAvatar, batch: int, batches: int = 4) ->
 def limit(baked: BakedAvatar, driving: Driving, camera: Camera, device: str) -> dict[str, float]:
     """Return how much arithmetic a baked batch holds and how fast this machine does such arithmetic at best."""
     with FlopCounterMode(display=False) as counter:
-        baked._compute(*(getattr(driving, name) for name in ("audio", "blink", "head_pose", "anchors")), camera.cam2world, camera.intrinsics)
+        baked._compute(
+            *(getattr(driving, name) for name in ("audio", "blink", "head_pose", "anchors", "upper_face")), camera.cam2world, camera.intrinsics
+        )
     side, dtype = (768, torch.float32) if device == "cpu" else (8192, torch.float16)
     square = torch.randn(side, side, dtype=dtype, device=device)
     rate = 2 * side**3 / seconds(lambda: square @ square, device, 5)

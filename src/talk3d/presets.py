@@ -31,7 +31,7 @@ TINY_ENCODER = EncoderConfig(side=32, width=4)
 
 TINY_AVATAR = AvatarConfig(
     conditioning=ConditioningConfig(token_width=16),
-    deltaplane=DeltaplaneConfig(plane_channels=4, plane_resolution=32, widths=(8, 8, 16), head_width=8, token_width=16, num_bases=6, num_near=8),
+    deltaplane=DeltaplaneConfig(plane_channels=4, plane_resolution=32, widths=(8, 8, 16), head_width=8, token_width=16, num_bases=5, num_near=13),
 )
 
 BUILTIN256 = GeneratorConfig(

@@ -23,6 +23,7 @@ def make_clip(count: int = 6) -> Clip:
         landmarks=torch.randn(count, 468, 2, generator=generator),
         anchors=torch.randn(count, 6, generator=generator),
         blink=torch.rand(count, 1, generator=generator),
+        upper_face=torch.randn(count, 4, generator=generator),
         confidence=torch.ones(count, 1),
         crop=rng.normal(size=(count, 2, 3)),
     )
@@ -49,7 +50,7 @@ def test_everything_comes_back_as_it_was(tmp_path: Path):
     assert np.array_equal(again.masks.person, clip.masks.person)
     assert np.array_equal(again.track.crop, clip.track.crop)
     assert again.track.crop.dtype == np.float64
-    for name in ("head_pose", "landmarks", "anchors", "blink", "confidence"):
+    for name in ("head_pose", "landmarks", "anchors", "blink", "upper_face", "confidence"):
         assert torch.equal(getattr(again.track, name), getattr(clip.track, name))
     assert torch.equal(again.track.cameras.to_label(), clip.track.cameras.to_label())
     assert torch.equal(again.audio.values, clip.audio.values)

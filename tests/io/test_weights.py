@@ -232,7 +232,11 @@ def avatar(person: PersonalizedGenerator) -> Avatar:
         personalized=person,
         config=TINY_AVATAR,
         performance=Performance(
-            cameras=head_camera(torch.randn(4, 3) * 0.2), blink=torch.rand(4, 1), head_pose=torch.randn(4, 3), anchors=torch.rand(4, 6)
+            cameras=head_camera(torch.randn(4, 3) * 0.2),
+            blink=torch.rand(4, 1),
+            head_pose=torch.randn(4, 3),
+            anchors=torch.rand(4, 6),
+            upper_face=torch.randn(4, 4) / 20,
         ),
         background=torch.rand(3, 64, 64) * 2 - 1,
         audio_source="logmel64",
@@ -282,10 +286,16 @@ def test_an_avatar_gives_the_same_frames_and_performance(avatar: Avatar, tmp_pat
     assert (back.fps, back.audio_source, back.provenance, back.config) == (30.0, "logmel64", avatar.provenance, TINY_AVATAR)
     assert back.personalized.provenance == avatar.personalized.provenance and not back.training
     torch.testing.assert_close(back.performance.cameras.to_label(), avatar.performance.cameras.to_label())
-    for name in ("blink", "head_pose", "anchors"):
+    for name in ("blink", "head_pose", "anchors", "upper_face"):
         assert getattr(back.performance, name).equal(getattr(avatar.performance, name))
     torch.testing.assert_close(back.background, avatar.background, atol=1e-3, rtol=0)
-    driving = Driving(audio=torch.randn(2, 8, 16, 64), blink=torch.rand(2, 1), head_pose=torch.randn(2, 3), anchors=torch.rand(2, 6))
+    driving = Driving(
+        audio=torch.randn(2, 8, 16, 64),
+        blink=torch.rand(2, 1),
+        head_pose=torch.randn(2, 3),
+        anchors=torch.rand(2, 6),
+        upper_face=torch.randn(2, 4) / 20,
+    )
     with torch.no_grad():
         mine, theirs = (model.render(driving, avatar.performance.cameras[:2]) for model in (avatar, back))
         silent = avatar.personalized.render(avatar.personalized.triplane, avatar.performance.cameras[:1]).image

@@ -29,7 +29,13 @@ def avatar(generator: TriplaneGenerator) -> Avatar:
     return Avatar(
         personalized=PersonalizedGenerator.from_generator(generator, generator.mapping(torch.randn(1, 8)), {"prior": "none"}),
         config=TINY_AVATAR,
-        performance=Performance(cameras=CAMERA, blink=torch.rand(count, 1), head_pose=torch.randn(count, 3), anchors=torch.rand(count, 6)),
+        performance=Performance(
+            cameras=CAMERA,
+            blink=torch.rand(count, 1),
+            head_pose=torch.randn(count, 3),
+            anchors=torch.rand(count, 6),
+            upper_face=torch.randn(count, 4) / 20,
+        ),
         background=torch.zeros(3, 64, 64),
         audio_source="logmel64",
         fps=25.0,
@@ -38,7 +44,13 @@ def avatar(generator: TriplaneGenerator) -> Avatar:
 
 
 def driving(count: int = 3) -> Driving:
-    return Driving(audio=torch.randn(count, 8, 16, 64), blink=torch.rand(count, 1), head_pose=torch.randn(count, 3), anchors=torch.rand(count, 6))
+    return Driving(
+        audio=torch.randn(count, 8, 16, 64),
+        blink=torch.rand(count, 1),
+        head_pose=torch.randn(count, 3),
+        anchors=torch.rand(count, 6),
+        upper_face=torch.randn(count, 4) / 20,
+    )
 
 
 def speak(avatar: Avatar) -> None:
@@ -123,7 +135,9 @@ def released(generator: TriplaneGenerator) -> Avatar:
     avatar = Avatar(
         personalized=PersonalizedGenerator.from_generator(generator, generator.mapping(torch.randn(1, 8)), {}),
         config=AvatarConfig(conditioning=conditioning, deltaplane=sizes),
-        performance=Performance(cameras=CAMERA, blink=torch.rand(3, 1), head_pose=torch.randn(3, 3), anchors=torch.rand(3, 6)),
+        performance=Performance(
+            cameras=CAMERA, blink=torch.rand(3, 1), head_pose=torch.randn(3, 3), anchors=torch.rand(3, 6), upper_face=torch.randn(3, 4) / 20
+        ),
         background=torch.zeros(3, 64, 64),
         audio_source="logmel64",
         fps=25.0,

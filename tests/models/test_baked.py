@@ -47,6 +47,7 @@ def moment(avatar: Avatar, *frames: int) -> tuple[Driving, Camera]:
         blink=performance.blink[index],
         head_pose=performance.head_pose[index],
         anchors=performance.anchors[index],
+        upper_face=performance.upper_face[index],
     ), performance.cameras[index]
 
 

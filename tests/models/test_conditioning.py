@@ -14,7 +14,11 @@ AUDIO, BLINK, NULL, ROTATION, LANDMARKS = range(5)
 
 def driving(count: int = 3, channels: int = 12) -> Driving:
     return Driving(
-        audio=torch.randn(count, 8, 16, channels), blink=torch.rand(count, 1), head_pose=torch.randn(count, 3), anchors=torch.rand(count, 6)
+        audio=torch.randn(count, 8, 16, channels),
+        blink=torch.rand(count, 1),
+        head_pose=torch.randn(count, 3),
+        anchors=torch.rand(count, 6),
+        upper_face=torch.randn(count, 4) / 20,
     )
 
 
@@ -68,9 +72,9 @@ def test_drop_rates_at_the_ends(rate: float, expected: bool) -> None:
 def test_coefficients_are_the_mouth_heard_and_what_was_tracked() -> None:
     model, given = conditioner(mouth_shapes=3), driving()
     found = model.coefficients(given, model.mouth(model(given)))
-    assert found.shape == (3, model.config.num_coefficients) == (3, 9)
+    assert found.shape == (3, model.config.num_coefficients) == (3, 13)
     torch.testing.assert_close(found[:, :3], model.mouth_head(model(given)[:, AUDIO]))
-    torch.testing.assert_close(found[:, 3:], torch.cat([2 * given.blink, 4 * given.head_pose, 4 * given.anchors[:, :2]], 1))
+    torch.testing.assert_close(found[:, 3:], torch.cat([2 * given.blink, 20 * given.upper_face, 4 * given.head_pose, 4 * given.anchors[:, :2]], 1))
 
 
 def test_positional_code_is_sines_and_cosines_of_doubling_frequency() -> None:
@@ -120,4 +124,4 @@ def test_the_released_encoders_are_reproduced(shared) -> None:
 
 def test_without_mouth_shapes_there_is_no_head_for_them() -> None:
     model, given = conditioner(mouth_shapes=0), driving()
-    assert model.mouth_head is None and model.coefficients(given, model.mouth(model(given))).shape == (3, 6)
+    assert model.mouth_head is None and model.coefficients(given, model.mouth(model(given))).shape == (3, 10)

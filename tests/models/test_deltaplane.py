@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from talk3d.models import deltaplane
-from talk3d.models.deltaplane import BatchNorm, DeltaplaneConfig, DeltaplanePredictor, DeltaplanePrefix, mouth_window, positions
+from talk3d.models.deltaplane import BatchNorm, DeltaplaneConfig, DeltaplanePredictor, DeltaplanePrefix, face_window, positions
 from talk3d.ops.planes import project_points, roll_out
 from talk3d.ops.resample import downsample2, upsample2
 from talk3d.types import PlaneAxes, Triplane
@@ -90,20 +90,20 @@ def test_the_bases_are_linear_and_work_in_units_of_the_identity(make_predictor, 
         torch.testing.assert_close(shape(1, 2, 3) - rest, sum(shape(*w) - rest for w in ((1, 0, 0), (0, 2, 0), (0, 0, 3))), atol=1e-4, rtol=1e-4)
 
 
-def test_near_bases_lie_at_full_resolution_round_the_mouth(make_predictor, identity: Triplane) -> None:
+def test_near_bases_lie_at_full_resolution_over_the_face(make_predictor, identity: Triplane) -> None:
     predictor, tokens = make_predictor(num_near=2, num_bases=1), torch.randn(1, 5, 6)
     planes = [predictor(identity, tokens, torch.tensor([weights])).planes for weights in ([0.0, 3.0, 0.0], [0.0, 0.0, 0.0])]
     changed = (planes[0] - planes[1])[0]
-    for plane, (rows, columns) in enumerate(mouth_window("fixed", 16)):
+    for plane, (rows, columns) in enumerate(face_window("fixed", 16)):
         torch.testing.assert_close(changed[plane, :, rows, columns], 3 * predictor.near[1, plane], atol=1e-4, rtol=1e-4)
         changed[plane, :, rows, columns] = 0
     assert not changed.any()
 
 
 @pytest.mark.parametrize("axes", ["fixed", "released"])
-def test_the_window_is_where_the_mouth_is_looked_up(axes: PlaneAxes) -> None:
-    mouth = project_points(torch.tensor([[[0.0, -0.13, 0.15]]]), axes, 1.0)[0, :, 0]  # 3 2
-    for (rows, columns), (column, row) in zip(mouth_window(axes, 128), ((mouth + 1) * 64 - 0.5).tolist(), strict=True):
+def test_the_window_is_where_the_face_is_looked_up(axes: PlaneAxes) -> None:
+    middle = project_points(torch.tensor([[[0.0, -0.05, 0.15]]]), axes, 1.0)[0, :, 0]  # 3 2
+    for (rows, columns), (column, row) in zip(face_window(axes, 128), ((middle + 1) * 64 - 0.5).tolist(), strict=True):
         assert abs((columns.start + columns.stop - 1) / 2 - column) <= 0.5 and abs((rows.start + rows.stop - 1) / 2 - row) <= 0.5
 
 

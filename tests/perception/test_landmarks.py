@@ -115,6 +115,32 @@ def test_gaze_is_where_the_irises_are_against_looking_straight_ahead():
     assert lm.eye_gaze(points[:, :468], ahead).abs().max() == 0
 
 
+def test_irises_lie_between_the_corners_as_far_out_as_the_lids():
+    face = torch.zeros(468, 3)
+    face[[33, 133]], face[[362, 263]] = torch.tensor([[-3.0, 1, 0], [-1, 2, 0]]), torch.tensor([[1.0, 2, 0], [3, 1, 0]])
+    face[[160, 144, 159, 145, 158, 153], 2] = 0.5
+    face[[387, 373, 386, 374, 385, 380], 2] = torch.tensor([0.4, 0.8] * 3)
+    torch.testing.assert_close(lm.irises_ahead(face), torch.tensor([[-2.0, 1.5, 0.5], [2.0, 1.5, 0.6]]))
+
+
+def test_brows_are_measured_along_the_face_against_where_they_usually_are():
+    points = torch.zeros(3, 478, 2)
+    points[:, 33], points[:, 263] = torch.tensor([10.0, 20.0]), torch.tensor([10.0, 120.0])  # the head lies on its side: up is to the right
+    rest = torch.randn(2, 10, 2, generator=torch.Generator().manual_seed(0))
+    points[:, torch.tensor(lm.BROWS)] = rest + torch.tensor([2.0, 5.0])
+    points[1, list(lm.BROWS[0])] += torch.tensor([4.0, 0.0])
+    points[2, list(lm.BROWS[1])] += torch.tensor([-3.0, 7.0])
+    expected = torch.tensor([[0.0, 0.0], [0.04, 0.0], [0.0, -0.03]])
+    torch.testing.assert_close(lm.brow_lift(points, rest.expand(3, 2, 10, 2)), expected, atol=1e-6, rtol=0)
+
+
+def test_the_gaze_is_gone_over_while_the_eyes_are_shut():
+    gaze, blink = torch.tensor([[0.0, 0.2], [9.0, 9.0], [9.0, 9.0], [0.3, -0.1], [0.5, 0.0]]), torch.tensor([[0.0], [0.9], [0.5], [0.1], [0.0]])
+    expected = torch.tensor([[0.0, 0.2], [0.1, 0.1], [0.2, 0.0], [0.3, -0.1], [0.5, 0.0]])
+    torch.testing.assert_close(lm.steady_gaze(gaze, blink), expected)
+    assert not lm.steady_gaze(gaze, torch.ones(5, 1)).any()
+
+
 @pytest.mark.parametrize("kind", ["registry", "task"])
 def test_irises_lie_in_their_eyes(kind: str, request: pytest.FixtureRequest, portrait: np.ndarray):
     seen = lm.observe_picture(request.getfixturevalue(f"{kind}_model"), portrait)

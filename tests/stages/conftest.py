@@ -35,6 +35,7 @@ class KnownAvatar(Avatar):
             blink=count[:, None] / 10,
             head_pose=count[:, None].repeat(1, 3),
             anchors=count[:, None].repeat(1, 6),
+            upper_face=count[:, None].repeat(1, 4),
         )
         self.alpha = alpha
         self.seen: list[tuple[Driving, Camera]] = []
@@ -68,6 +69,7 @@ class KnownAvatar(Avatar):
             blink=torch.cat([part.blink for part in parts]),
             head_pose=torch.cat([part.head_pose for part in parts]),
             anchors=torch.cat([part.anchors for part in parts]),
+            upper_face=torch.cat([part.upper_face for part in parts]),
         )
 
     @property
@@ -99,6 +101,7 @@ def tiny_avatar() -> Avatar:
                 blink=count[:, None] / 10,
                 head_pose=count[:, None].repeat(1, 3) / 10,
                 anchors=count[:, None].repeat(1, 6) / 10,
+                upper_face=count[:, None].repeat(1, 4) / 100,
             ),
             background=torch.zeros(3, 32, 32),
             audio_source="logmel64",
@@ -159,6 +162,7 @@ def make_clip(count: int = 16, side: int = 64, **changes: Any) -> Clip:
             landmarks=landmarks * side,
             anchors=torch.tensor([0.0, -0.1, 0.2, -0.2, -0.2, -0.2]).repeat(count, 1),
             blink=(time % 7 == 3).float()[:, None],
+            upper_face=0.03 * torch.stack([torch.sin(time + i) for i in range(4)], -1),
             confidence=torch.ones(count, 1),
             crop=np.tile(np.eye(2, 3), (count, 1, 1)),
         ),

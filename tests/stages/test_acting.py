@@ -15,12 +15,14 @@ FPS = 25.0
 
 
 def performance(count: int = 500) -> Performance:
-    """A head that turns by known sinusoids, whose anchors follow linearly, and that blinks for 4 frames every 100."""
+    """A head that turns by known sinusoids, whose anchors and gaze follow linearly, whose brows move too, and that blinks for 4 frames every 100."""
     time = torch.arange(count) / FPS
     pose = torch.stack([0.06 * torch.sin(time), 0.02 * torch.cos(0.7 * time), 0.01 * torch.sin(1.9 * time)], -1) + torch.tensor([0.1, 0.0, 0.0])
     blink = 0.02 + 0.9 * ((torch.arange(count) % 100 >= 50) & (torch.arange(count) % 100 < 54)).float()
     gain = torch.arange(18.0).reshape(3, 6) / 10
-    return Performance(cameras=head_camera(pose), blink=blink[:, None], head_pose=pose, anchors=0.3 + pose @ gain)
+    brows = 0.03 * torch.sin(2.3 * time)[:, None].expand(-1, 2)
+    upper_face = torch.cat([brows, 0.1 - pose[:, :2]], 1)
+    return Performance(cameras=head_camera(pose), blink=blink[:, None], head_pose=pose, anchors=0.3 + pose @ gain, upper_face=upper_face)
 
 
 def test_blinks_are_measured() -> None:
@@ -59,19 +61,23 @@ def test_an_actor_who_follows_the_camera_does_what_was_performed() -> None:
     torch.testing.assert_close(acts.head_pose, own.head_pose[[3, 499, 498]])
     torch.testing.assert_close(acts.anchors, own.anchors[[3, 499, 498]])
     torch.testing.assert_close(acts.blink, own.blink[[3, 499, 498]])
+    torch.testing.assert_close(acts.upper_face, own.upper_face[[3, 499, 498]])
     assert not acts.turn.any()
 
 
-def test_else_the_head_moves_by_itself_and_its_anchors_with_it() -> None:
+def test_else_the_head_moves_by_itself_and_anchors_brows_and_gaze_with_it() -> None:
     own = performance()
     frames = torch.arange(2500)
     acts = Actor(ActingConfig(seed=5), own, FPS).at(frames)
     torch.testing.assert_close(acts.head_pose - own.head_pose.mean(0), acts.turn)
     torch.testing.assert_close(acts.anchors, 0.3 + acts.head_pose @ (torch.arange(18.0).reshape(3, 6) / 10), atol=1e-4, rtol=0)
+    torch.testing.assert_close(acts.upper_face[:, 2:], 0.1 - acts.head_pose[:, :2], atol=1e-4, rtol=0)
+    torch.testing.assert_close(acts.upper_face[:, :2].std(0), 0.5 * own.upper_face[:, :2].std(0), rtol=0.3, atol=0)
+    assert acts.upper_face[:, 0].equal(acts.upper_face[:, 1])
     expected = 0.5 * (own.head_pose - own.head_pose.mean(0)).square().mean(0).sqrt()
     torch.testing.assert_close(acts.turn.std(0), expected, rtol=0.3, atol=0)
     still = Actor(ActingConfig(head_motion=0.0), own, FPS).at(frames)
-    assert not still.turn.any() and still.head_pose.std(0).max() < 1e-6
+    assert not still.turn.any() and still.head_pose.std(0).max() < 1e-6 and still.upper_face.std(0).max() < 1e-6
     wild = replace(own, head_pose=10 * own.head_pose)
     assert Actor(ActingConfig(), wild, FPS).at(frames).turn.std(0).rad2deg().max() < 3.6
 
@@ -83,6 +89,7 @@ def test_a_performer_lends_motion_and_blinks() -> None:
     torch.testing.assert_close(acts.turn, (other.head_pose - other.head_pose.mean(0))[[7, 99, 98]])
     torch.testing.assert_close(acts.head_pose, own.head_pose.mean(0) + acts.turn)
     torch.testing.assert_close(acts.blink, other.blink[[7, 99, 98]])
+    torch.testing.assert_close(acts.upper_face, other.upper_face[[7, 99, 98]])
 
 
 @pytest.mark.parametrize(("blinks", "follows", "performed"), [("auto", False, False), ("generated", True, True), ("none", True, True)])

@@ -36,6 +36,7 @@ def a_clip(frames: np.ndarray, num_training_frames: int, **changes: object) -> C
         landmarks=corners.repeat(234, 1).expand(count, 468, 2),
         anchors=torch.zeros(count, 6),
         blink=torch.zeros(count, 1),
+        upper_face=torch.zeros(count, 4),
         confidence=torch.ones(count, 1),
         crop=np.tile(np.eye(2, 3), (count, 1, 1)),
     )
@@ -111,7 +112,7 @@ def test_nothing_but_the_declared_sources_reaches_the_avatar(make_avatar: Callab
         avatar = make_avatar(side=SIDE)
         evaluate(avatar, clip)
         seen.append(avatar)
-    for name in ("audio", "blink", "head_pose", "anchors"):
+    for name in ("audio", "blink", "head_pose", "anchors", "upper_face"):
         torch.testing.assert_close(getattr(seen[0].driven, name), getattr(seen[1].driven, name), rtol=0, atol=0)
     torch.testing.assert_close(seen[0].filmed, seen[1].filmed, rtol=0, atol=0)
 
@@ -132,6 +133,7 @@ def test_the_controls_change_the_sound_and_nothing_else(make_avatar: Callable[..
         torch.testing.assert_close(driving.blink, was.blink)
     torch.testing.assert_close(alone.head_pose, clip.track.head_pose[:12].mean(0).expand(4, -1))
     torch.testing.assert_close(alone.blink, clip.track.blink[:12].mean(0).expand(4, -1))
+    torch.testing.assert_close(alone.upper_face, clip.track.upper_face[:12].mean(0).expand(4, -1))
     for _, camera in films:
         torch.testing.assert_close(camera.cam2world, clip.track.cameras.cam2world[held])
 

@@ -52,7 +52,7 @@ def test_the_graphs_show_what_the_avatar_shows(tiny_avatar: Avatar, tmp_path: Pa
     avatar = load_avatar(tmp_path / "me.t3d").eval()
     performance = avatar.performance
     for frame in (1, 4):
-        parts = {name: getattr(performance, name)[frame : frame + 1] for name in ("blink", "head_pose", "anchors")}
+        parts = {name: getattr(performance, name)[frame : frame + 1] for name in ("blink", "head_pose", "anchors", "upper_face")}
         driving, camera = Driving(audio=torch.randn(1, 8, 16, 64), **parts), performance.cameras[frame : frame + 1]
         heard = {"audio": driving.audio, **parts}
         assert {name: list(value.shape) for name, value in heard.items()} == card["talker.onnx"]["inputs"]

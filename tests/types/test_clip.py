@@ -18,6 +18,7 @@ def make_clip(**changes: Any) -> Clip:
         landmarks=torch.zeros(T, 478, 2),
         anchors=torch.arange(6.0 * T).reshape(T, 6),
         blink=torch.arange(float(T))[:, None],
+        upper_face=torch.arange(4.0 * T).reshape(T, 4),
         confidence=torch.ones(T, 1),
         crop=np.zeros((T, 2, 3)),
     )
@@ -47,6 +48,7 @@ def test_driving_picks_the_same_frames_everywhere() -> None:
     assert driving.blink[:, 0].tolist() == [2, 0]
     assert torch.equal(driving.head_pose, clip.track.head_pose[[2, 0]])
     assert torch.equal(driving.anchors, clip.track.anchors[[2, 0]])
+    assert torch.equal(driving.upper_face, clip.track.upper_face[[2, 0]])
     assert driving.audio.shape == (2, 8, 2, 5)
     halved = replace(driving, blink=driving.blink.half()).to("cpu")
     assert halved.blink.dtype == torch.float32 and torch.equal(halved.blink, driving.blink) and torch.equal(halved.audio, driving.audio)

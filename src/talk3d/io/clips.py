@@ -117,6 +117,7 @@ def _tensors(clip: Clip) -> dict[str, torch.Tensor]:
         "landmarks": track.landmarks,
         "anchors": track.anchors,
         "blink": track.blink,
+        "upper_face": track.upper_face,
         "confidence": track.confidence,
         "crop": torch.from_numpy(np.array(track.crop)),
         "audio": clip.audio.values,
@@ -148,7 +149,7 @@ def _assemble(facts: dict[str, Any], tensors: dict[str, torch.Tensor], frames: n
     track = FaceTrack(
         cameras=Camera(cam2world=tensors["cam2world"], intrinsics=tensors["intrinsics"]),
         crop=tensors["crop"].numpy(),
-        **{name: tensors[name] for name in ("head_pose", "landmarks", "anchors", "blink", "confidence")},
+        **{name: tensors[name] for name in ("head_pose", "landmarks", "anchors", "blink", "upper_face", "confidence")},
         **{name: tensors[name] for name in MAYBE if name in tensors},
     )
     return Clip(

@@ -322,6 +322,7 @@ def save_avatar(avatar: Avatar, path: Path) -> None:
         "performance.blink": performance.blink,
         "performance.head_pose": performance.head_pose,
         "performance.anchors": performance.anchors,
+        "performance.upper_face": performance.upper_face,
     }
     header = make_header(
         "avatar",
@@ -341,7 +342,7 @@ def _check_talking(renderer: RendererConfig, config: AvatarConfig, moves: Mappin
     if (planes.plane_channels, planes.plane_resolution) != (renderer.plane_channels, renderer.plane_resolution):
         raise WeightsError(f"{path} moves other planes than its person has: make the avatar again")
     length = len(moves["blink"]) if "blink" in moves and moves["blink"].dim() else 0
-    wanted = {"cameras": (length, 25), "blink": (length, 1), "head_pose": (length, 3), "anchors": (length, 6)}
+    wanted = {"cameras": (length, 25), "blink": (length, 1), "head_pose": (length, 3), "anchors": (length, 6), "upper_face": (length, 4)}
     check_fit(wanted, {name: tuple(value.shape) for name, value in moves.items()}, f"the performance in {path}")
     if not length or tensors.get("background", torch.empty(0)).shape[:1] != (3,) or tensors["background"].dim() != 3:
         raise WeightsError(f"{path} lacks a performance or a background of three colours: make the avatar again")
@@ -363,9 +364,7 @@ def load_avatar(path: str | Path = "sample") -> Avatar:
         return Avatar(
             personalized=PersonalizedGenerator(renderer, header["person"]),
             config=config,
-            performance=Performance(
-                cameras=Camera.from_label(moves["cameras"].float()), blink=moves["blink"], head_pose=moves["head_pose"], anchors=moves["anchors"]
-            ),
+            performance=Performance(cameras=Camera.from_label(moves.pop("cameras").float()), **moves),
             background=torch.zeros_like(tensors["background"], dtype=torch.float32),
             audio_source=header["audio_source"],
             fps=header["fps"],

@@ -112,11 +112,12 @@ class Performance:
     blink: Float[Tensor, "t 1"]
     head_pose: Float[Tensor, "t 3"]
     anchors: Float[Tensor, "t 6"]
+    upper_face: Float[Tensor, "t 4"]
 
     @classmethod
     def of(cls, track: FaceTrack, frames: slice | Int[Tensor, " t"]) -> "Performance":
         """Return what was tracked in these frames."""
-        moved = {name: getattr(track, name)[frames].float() for name in ("blink", "head_pose", "anchors")}
+        moved = {name: getattr(track, name)[frames].float() for name in ("blink", "head_pose", "anchors", "upper_face")}
         return cls(cameras=track.cameras[frames], **moved)
 
 

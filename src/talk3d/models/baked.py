@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from talk3d.models.attention import TransformerBlock
 from talk3d.models.avatar import Avatar
-from talk3d.models.deltaplane import DeltaplanePredictor, PlaneTransformer, Stage, mouth_window
+from talk3d.models.deltaplane import DeltaplanePredictor, PlaneTransformer, Stage, face_window
 from talk3d.models.renderer import GuidedRenderer
 from talk3d.models.superresolution import BakedSuperresolution, baked_kernel
 from talk3d.ops.planes import RolledOutKernels, RollOut, convolve_split, split_rolled_out
@@ -152,7 +152,8 @@ class BakedDeltaplane:
             None if bases is None else (bases * scale).detach().permute(0, 1, 3, 4, 2).to(dtype).contiguous()  # k 3 h w c
             for bases in (predictor.bases, predictor.near)
         )
-        self.window = mouth_window(predictor.config.plane_axes, predictor.config.plane_resolution)
+        self.num_near = predictor.config.num_near
+        self.window = face_window(predictor.config.plane_axes, predictor.config.plane_resolution)
 
     def __call__(self, tokens: Float[Tensor, "b k e"], coefficients: Float[Tensor, "b m"]) -> list[Float[Tensor, "b c h w"]]:
         """Return the three planes of each set of tokens."""
@@ -171,7 +172,7 @@ class BakedDeltaplane:
         else:
             planes = [plane * self.scale for plane in planes]
         if self.bases is not None:
-            far = _blend(self.bases, coefficients[:, -len(self.bases) :])
+            far = _blend(self.bases, coefficients[:, self.num_near : self.num_near + len(self.bases)])
             planes = [plane + blend for plane, blend in zip(planes, far, strict=True)]
         whole = [upsample2(plane).float().add_(identity) for plane, identity in zip(planes, self.identity, strict=True)]
         if self.near is not None:

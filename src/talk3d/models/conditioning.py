@@ -35,8 +35,8 @@ class ConditioningConfig:
 
     @property
     def num_coefficients(self) -> int:
-        """Weights of the linear bases: mouth shapes, blink, three angles, two coordinates."""
-        return self.mouth_shapes + 6
+        """Weights of the linear bases: mouth shapes, blink, two brows, two of the gaze, three angles, two coordinates."""
+        return self.mouth_shapes + 10
 
 
 RELEASED = ConditioningConfig(audio_channels=44, blink_octaves=16, pose_octaves=10, anchor_octaves=6, mouth_shapes=0, drop_rate=0.0)
@@ -154,8 +154,8 @@ class Conditioner(nn.Module):
         return tokens[:, 0, :0] if self.mouth_head is None else self.mouth_head(tokens[:, 0])
 
     def coefficients(self, driving: Driving, mouth: Float[Tensor, "b s"]) -> Float[Tensor, "b k"]:
-        """Return the weights of the linear bases, of about unit size: mouth shapes as given, blink, head rotation, place in the picture."""
-        return torch.cat([mouth, 2 * driving.blink, 4 * driving.head_pose, 4 * driving.anchors[:, :2]], 1)
+        """Return the weights of the linear bases, of about unit size: mouth shapes as given, blink, brows, gaze, rotation, place."""
+        return torch.cat([mouth, 2 * driving.blink, 20 * driving.upper_face, 4 * driving.head_pose, 4 * driving.anchors[:, :2]], 1)
 
     def forward(self, driving: Driving, generator: torch.Generator | None = None) -> Float[Tensor, "b 5 d"]:
         """Encode b frames; `generator` (training) replaces tokens other than the audio's by the null token at the configured rate."""

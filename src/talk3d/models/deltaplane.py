@@ -46,17 +46,17 @@ class DeltaplaneConfig:
     num_bases: int = 0
     """Linear bases beside the U-Net, at half the planes' resolution; the published networks have none."""
     num_near: int = 0
-    """Further bases, whose weights come first, at full resolution in a window round the mouth, up to the eyes, of half the planes' sides."""
+    """Further bases, whose weights come first, at full resolution in a window over the face, of half the planes' sides."""
     released: bool = False
     """The released network to the letter: batch norm, output through the last leaky ReLU, roll-out and positions on the axes it was trained with."""
 
 
-WINDOW_CENTRE = (0.0, -0.13, 0.15)
-"""Of the window round the mouth, in sides of the cube from its middle: it holds the face from the eyes to below the chin."""
+WINDOW_CENTRE = (0.0, -0.05, 0.15)
+"""Of the window over the face, in sides of the cube from its middle: it holds all from the forehead to below the chin."""
 
 
-def mouth_window(axes: PlaneAxes, resolution: int) -> tuple[tuple[slice, slice], ...]:
-    """Return, for each plane, the rows and columns of the window round the mouth, of half the sides."""
+def face_window(axes: PlaneAxes, resolution: int) -> tuple[tuple[slice, slice], ...]:
+    """Return, for each plane, the rows and columns of the window over the face, of half the sides."""
     first = [round((centre + 0.25) * resolution) for centre in WINDOW_CENTRE]
     spans = [slice(low, low + resolution // 2) for low in first]
     return tuple((spans[row], spans[column]) for column, row in plane_axes(axes))
@@ -261,9 +261,9 @@ class DeltaplanePredictor(nn.Module):
         return Triplane(planes=planes * self.scale, axes=self.config.plane_axes)
 
     def _in_window(self, near: Float[Tensor, "b 3 c h w"]) -> Float[Tensor, "b 3 c p p"]:
-        """Put pieces into the window round the mouth of planes that are zero elsewhere."""
+        """Put pieces into the window over the face of planes that are zero elsewhere."""
         side = self.config.plane_resolution
-        windows = mouth_window(self.config.plane_axes, side)
+        windows = face_window(self.config.plane_axes, side)
         borders = [(columns.start, side - columns.stop, rows.start, side - rows.stop) for rows, columns in windows]
         return torch.stack([F.pad(piece, border) for piece, border in zip(near.unbind(1), borders, strict=True)], 1)
 

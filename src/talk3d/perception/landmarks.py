@@ -34,6 +34,10 @@ EYELID_PAIRS = (((160, 144), (159, 145), (158, 153)), ((387, 373), (386, 374), (
 """Upper and lower lid points of the right and the left eye."""
 INNER_LIPS = ((82, 87), (13, 14), (312, 317))
 """Upper and lower inner lip points."""
+BROWS = ((70, 63, 105, 66, 107, 46, 53, 52, 65, 55), (300, 293, 334, 296, 336, 276, 283, 282, 295, 285))
+"""Upper and lower rim of the right and the left brow."""
+SHUT = 0.3
+"""Of eyes further shut than this, the gaze is not known."""
 IRISES = (468, 473)
 """Middle of the right and the left iris."""
 EYE_BLINKS = (9, 10)
@@ -275,6 +279,37 @@ def eye_gaze(landmarks: Float[Tensor, "t n 2"], ahead: Float[Tensor, "t 2 2"]) -
     ends = torch.stack([landmarks[:, list(corners)] for corners in (RIGHT_EYE_CORNERS, LEFT_EYE_CORNERS)], 1)
     offset = (landmarks[:, list(IRISES)] - ahead) / (ends[:, :, 0] - ends[:, :, 1]).norm(dim=-1, keepdim=True).clamp_min(1e-6)
     return torch.stack([(offset * right).sum(-1), (offset * up).sum(-1)], -1).mean(1)
+
+
+def irises_ahead(face: Float[Tensor, "p 3"]) -> Float[Tensor, "2 3"]:
+    """Where the right and the left iris are when the eyes look straight ahead: between the corners, as far out as the lids.
+
+    Args:
+        face: all points of the person at rest.
+    """
+    corners, lids = face[torch.tensor([RIGHT_EYE_CORNERS, LEFT_EYE_CORNERS])].mean(1), face[torch.tensor(EYELID_PAIRS)].mean((1, 2))
+    return torch.cat([corners[:, :2], lids[:, 2:]], -1)
+
+
+def brow_lift(landmarks: Float[Tensor, "t n 2"], rest: Float[Tensor, "t 2 k 2"]) -> Float[Tensor, "t 2"]:
+    """How far the right and the left brow are drawn up from where they usually are, in distances between the outer eye corners.
+
+    Args:
+        landmarks: px of the picture.
+        rest: where the points of `BROWS` would be in it if the face were rigid.
+    """
+    level = landmarks[:, LEFT_EYE_CORNERS[0]] - landmarks[:, RIGHT_EYE_CORNERS[0]]
+    up = torch.stack([level[:, 1], -level[:, 0]], -1) / level.square().sum(-1, keepdim=True).clamp_min(1e-6)
+    lift = ((landmarks[:, torch.tensor(BROWS)] - rest).mean(2) * up[:, None]).sum(-1)
+    return lift - lift.median(0).values
+
+
+def steady_gaze(gaze: Float[Tensor, "t 2"], blink: Float[Tensor, "t 1"]) -> Float[Tensor, "t 2"]:
+    """The gaze, gone over in a straight line where the eyes are shut; zero in a clip that has them shut throughout."""
+    known = np.flatnonzero(blink[:, 0].numpy() <= SHUT)
+    if not len(known):
+        return torch.zeros_like(gaze)
+    return torch.from_numpy(np.stack([np.interp(np.arange(len(gaze)), known, axis[known]) for axis in gaze.numpy().T], -1)).float()
 
 
 def _run_points(network: Network, frame: np.ndarray, box: FaceBox, mirror: np.ndarray) -> tuple[np.ndarray, float]:

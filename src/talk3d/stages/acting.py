@@ -1,4 +1,4 @@
-"""What the person does beside speaking: blinks and small motion of the head, from a performance or made up in the clip's manner.
+"""What the person does beside speaking: blinks and small motion of head, brows and gaze, from a performance or made up in the clip's manner.
 
 All of it is a function of the frame's number and the seed, so that it does not depend on how the sound was cut or where a film was gone on with.
 """
@@ -10,6 +10,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -116,6 +117,7 @@ class Acts:
     blink: Float[Tensor, "b 1"]
     head_pose: Float[Tensor, "b 3"]
     anchors: Float[Tensor, "b 6"]
+    upper_face: Float[Tensor, "b 4"]
     turn: Float[Tensor, "b 3"]
     """How far the head is from its mean pose, radians; zeros where the camera moves with the performance."""
 
@@ -145,16 +147,17 @@ class Actor:
         """
         self.fps, self.seed, self.follows = fps, config.seed, follows
         source = performed or own
-        self.pose, self.anchors = source.head_pose.cpu(), source.anchors.cpu()
+        self.pose, self.anchors, self.upper_face = source.head_pose.cpu(), source.anchors.cpu(), source.upper_face.cpu()
         self.blink = (source.blink if blink is None else blink).cpu()
         given = follows or performed is not None or blink is not None
         self.blinks = config.blinks if config.blinks != "auto" else "performed" if given else "generated"
         self.habit = blink_habit(own.blink, fps)
-        pose, anchors = own.head_pose.cpu(), own.anchors.cpu()
-        self.mean_pose, self.mean_anchors = pose.mean(0), anchors.mean(0)
+        pose, others = own.head_pose.cpu(), torch.cat([own.anchors, own.upper_face], 1).cpu()
+        self.mean_pose, self.mean_others = pose.mean(0), others.mean(0)
         moved = pose - self.mean_pose
-        self.gain = torch.linalg.lstsq(moved.double(), (anchors - self.mean_anchors).double(), driver="gelsd").solution.float()
-        """How the anchors move with the head's angles, in the clip."""
+        self.gain = torch.linalg.lstsq(moved.double(), (others - self.mean_others).double(), driver="gelsd").solution.float()
+        """How anchors, brows and gaze move with the head's angles, in the clip."""
+        self.brow_spread = SWAY * config.head_motion * (others - self.mean_others - moved @ self.gain)[:, 6:8].square().mean(0).sqrt()
         most = math.radians(MOST_SWAY_DEG)
         self.spread = config.head_motion * (SWAY * moved.square().mean(0).sqrt()).clamp(max=most)
         self.scale = None if performed is None else config.head_motion
@@ -163,13 +166,18 @@ class Actor:
     def at(self, frames: Int[Tensor, " b"]) -> Acts:
         """Return what happens at these frames."""
         if self.follows:
-            pose, anchors = (values[ping_pong(frames, len(values))] for values in (self.pose, self.anchors))
-            return Acts(blink=self._blink(frames), head_pose=pose, anchors=anchors, turn=torch.zeros_like(pose))
+            pose, anchors, upper_face = (values[ping_pong(frames, len(values))] for values in (self.pose, self.anchors, self.upper_face))
+            return Acts(blink=self._blink(frames), head_pose=pose, anchors=anchors, upper_face=upper_face, turn=torch.zeros_like(pose))
         if self.scale is not None:
             turn = self.scale * (self.pose[ping_pong(frames, len(self.pose))] - self.pose.mean(0))
         else:
             turn = self.spread * sway(frames, self.fps, self.seed)
-        return Acts(blink=self._blink(frames), head_pose=self.mean_pose + turn, anchors=self.mean_anchors + turn @ self.gain, turn=turn)
+        anchors, upper_face = (self.mean_others + turn @ self.gain).split([6, 4], 1)
+        if self.scale is not None:
+            upper_face = self.upper_face[ping_pong(frames, len(self.upper_face))]
+        else:
+            upper_face = upper_face + F.pad(self.brow_spread * sway(frames, self.fps, self.seed + 1)[:, :1], (0, 2))
+        return Acts(blink=self._blink(frames), head_pose=self.mean_pose + turn, anchors=anchors, upper_face=upper_face, turn=turn)
 
     def _blink(self, frames: Int[Tensor, " b"]) -> Float[Tensor, "b 1"]:
         if self.blinks == "generated":

@@ -214,7 +214,7 @@ class Scene:
         if bool(acts.turn.any()):
             camera = turned(camera, acts.turn)
         camera = (self.limit(camera) if self.limit else camera).to(self.device)
-        driving = Driving(audio=audio, blink=acts.blink, head_pose=acts.head_pose, anchors=acts.anchors)
+        driving = Driving(audio=audio, blink=acts.blink, head_pose=acts.head_pose, anchors=acts.anchors, upper_face=acts.upper_face)
         return self.model.render(driving.to(self.device), camera)
 
 

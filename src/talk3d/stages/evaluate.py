@@ -296,13 +296,14 @@ def driven_by(clip: Clip) -> dict[str, str]:
     return {
         "audio": f"{clip.audio.source} features of the clip's own sound, whole clip, so context crosses into the training part",
         "blink": "tracked in the held-out frames (eyelids), on a scale that the whole clip sets",
+        "upper_face": "tracked in the held-out frames (brows and irises)",
         "head_pose": "tracked in the held-out frames (rigid points and skin, one solution for the whole clip, smoothed over time)",
         "anchors": "tracked in the held-out frames (projected from the rigid pose)",
         "cameras": "tracked in the held-out frames, with head_pose",
         "mouth": "the sound alone: no point of lips or jaw, no picture and no matte of a held-out frame reaches the avatar",
         "background": "a plate of the training frames",
         "novel_views": "the same tokens; cameras from the truth",
-        "sound alone": "blink, head_pose and anchors are the means of the training part; cameras tracked",
+        "sound alone": "blink, upper_face, head_pose and anchors are the means of the training part; cameras tracked",
     }
 
 

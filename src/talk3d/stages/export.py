@@ -36,9 +36,14 @@ class _Talker(nn.Module):
         self.deltaplane = BakedDeltaplane(avatar.predictor, avatar.personalized.triplane, torch.float32)
 
     def forward(
-        self, audio: Float[Tensor, "1 n f w"], blink: Float[Tensor, "1 1"], head_pose: Float[Tensor, "1 3"], anchors: Float[Tensor, "1 6"]
+        self,
+        audio: Float[Tensor, "1 n f w"],
+        blink: Float[Tensor, "1 1"],
+        head_pose: Float[Tensor, "1 3"],
+        anchors: Float[Tensor, "1 6"],
+        upper_face: Float[Tensor, "1 4"],
     ) -> Float[Tensor, "1 3 c s s"]:
-        driving = Driving(audio=audio, blink=blink, head_pose=head_pose, anchors=anchors)
+        driving = Driving(audio=audio, blink=blink, head_pose=head_pose, anchors=anchors, upper_face=upper_face)
         tokens = self.conditioner(driving)
         return torch.stack(self.deltaplane(tokens, self.conditioner.coefficients(driving, self.conditioner.mouth(tokens))), 1)
 
@@ -86,8 +91,8 @@ def export_mesh(avatar: Avatar, path: Path, *, side: int = 256) -> None:
 def export_onnx(avatar: Avatar, folder: Path) -> list[Path]:
     """Write two ONNX graphs of one frame each, and a card that says what goes in and out, and return their paths.
 
-    `talker.onnx`: speech features around a frame, blink, head pose and place to planes. `renderer.onnx`: planes and a camera to a picture over
-    black with its opacity. All shapes are fixed. They do what the baked avatar does on the CPU in float32.
+    `talker.onnx`: speech features around a frame, blink, head pose, place, brows and gaze to planes. `renderer.onnx`: planes and a camera to a
+    picture over black with its opacity. All shapes are fixed. They do what the baked avatar does on the CPU in float32.
 
     Args:
         avatar: is moved to the CPU.
@@ -104,7 +109,8 @@ def export_onnx(avatar: Avatar, folder: Path) -> list[Path]:
     avatar = avatar.to("cpu").eval()
     folder.mkdir(parents=True, exist_ok=True)
     channels, config = avatar.config.conditioning.audio_channels, avatar.personalized.renderer.renderer_config
-    heard = {"audio": torch.zeros(1, 8, 16, channels), "blink": torch.zeros(1, 1), "head_pose": torch.zeros(1, 3), "anchors": torch.zeros(1, 6)}
+    done = {name: torch.zeros(1, width) for name, width in (("blink", 1), ("head_pose", 3), ("anchors", 6), ("upper_face", 4))}
+    heard = {"audio": torch.zeros(1, 8, 16, channels), **done}
     camera = avatar.performance.cameras.to("cpu")[:1]
     with torch.no_grad():
         talker, renderer = _Talker(avatar).eval(), _Renderer(avatar).eval()

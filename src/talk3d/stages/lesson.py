@@ -89,7 +89,7 @@ class LessonConfig:
     learning_rate: float = 2e-3
     """Adam's rate of U-Net and tokens at the start; falls to a twentieth along a half cosine."""
     mouth_rate: float = 1e-2
-    """Adam's rate of the linear bases of mouth and blink, with the same schedule."""
+    """Adam's rate of the linear bases of mouth, lids, brows and gaze, with the same schedule."""
     renderer_rate: float = 1.5e-3
     """Adam's rate of decoder and super-resolution, with the same schedule; 0 leaves them as they are."""
     identity_rate: float = 8e-3

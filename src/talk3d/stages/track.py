@@ -31,14 +31,15 @@ from talk3d.perception.headpose import HeadMotion, solve_head_pose
 from talk3d.perception.headspace import nod_head_space, settle_head_space
 from talk3d.perception.identity import Likeness
 from talk3d.perception.landmarks import (
-    EYELID_PAIRS,
-    LEFT_EYE_CORNERS,
-    RIGHT_EYE_CORNERS,
+    BROWS,
     FaceModel,
     FaceTracker,
+    brow_lift,
     eye_gaze,
+    irises_ahead,
     load_face_model,
     normalize_blink,
+    steady_gaze,
 )
 from talk3d.perception.liplines import correct_lips
 from talk3d.perception.nod import choose_views, find_nod
@@ -340,18 +341,18 @@ def _face_track(faces: Faces, motion: HeadMotion, crop: np.ndarray, size: tuple[
     intrinsics[:, :2, 2] = (maps[:, :, :2] @ middle + maps[:, :, 2]) / crop_px
     intrinsics[:, 2, 2] = 1
     anchors = motion.project(motion.points(ANCHOR_POINTS), (size[0] / 2, size[1] / 2)) / middle - 1
-    corners = motion.face[torch.tensor([RIGHT_EYE_CORNERS, LEFT_EYE_CORNERS])].mean(1)
-    lids = motion.face[torch.tensor(EYELID_PAIRS)].mean((1, 2))
-    irises = torch.cat([corners[:, :2], lids[:, 2:]], -1)  # straight ahead, they lie between the corners, as far out as the lids
-    eyes_shut = normalize_blink(faces.eyes_shut)
+    eyes_shut, centre = normalize_blink(faces.eyes_shut), (size[0] / 2, size[1] / 2)
+    blink, gaze = eyes_shut.mean(-1, keepdim=True), eye_gaze(faces.landmarks, motion.project(irises_ahead(motion.face), centre).float())
+    brows = torch.stack([motion.project(motion.face[list(points)], centre).float() for points in BROWS], 1)
     return FaceTrack(
         cameras=Camera(cam2world=cam2world.float(), intrinsics=intrinsics.float()),
         head_pose=view_angles(cam2world[:, :3, :3]).float(),
         landmarks=(faces.landmarks.double() @ maps[:, :, :2].mT + maps[:, None, :, 2]).float(),
         anchors=anchors.flatten(1).float(),
-        blink=eyes_shut.mean(-1, keepdim=True),
+        blink=blink,
+        upper_face=torch.cat([brow_lift(faces.landmarks, brows), steady_gaze(gaze, blink)], 1),
         eyes_shut=eyes_shut,
-        gaze=eye_gaze(faces.landmarks, motion.project(irises, (size[0] / 2, size[1] / 2)).float()),
+        gaze=gaze,
         expression=faces.expression,
         confidence=(faces.score * faces.seen)[:, None].float(),
         crop=crop,

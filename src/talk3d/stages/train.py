@@ -66,8 +66,8 @@ def avatar_sizes(renderer: RendererConfig, audio_channels: int = ConditioningCon
         plane_axes=renderer.plane_axes,
         widths=(channels, 2 * channels, 2 * head),
         head_width=head,
-        num_bases=conditioning.num_coefficients - (conditioning.mouth_shapes + 1),
-        num_near=conditioning.mouth_shapes + 1,  # and the blink
+        num_bases=conditioning.num_coefficients - (conditioning.mouth_shapes + 5),
+        num_near=conditioning.mouth_shapes + 5,  # and blink, brows, gaze
     )
     return AvatarConfig(conditioning=conditioning, deltaplane=deltaplane)
 

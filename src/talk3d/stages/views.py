@@ -6,7 +6,7 @@ What drives the avatar is said in one place, `Bench.driving`: nothing else of th
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -62,21 +62,19 @@ class Bench:
         self.model = self.avatar.bake()
 
     def driving(self, frames: Int[Tensor, " b"], sound: Sound | None = None, *, still: bool = False) -> Driving:
-        """What drives the avatar: the clip's sound features, blink, head pose and place of the head; no face point, picture or matte.
+        """What drives the avatar: the clip's sound features, blink, brows, gaze, head pose and place; no point of lips or jaw, picture or matte.
 
         Args:
             frames: of the clip.
             sound: other features in place of the clip's.
-            still: blink, pose and place are the means of the training part, so that nothing but the sound is told.
+            still: blink, brows, gaze, pose and place are the means of the training part, so that nothing but the sound is told.
         """
         was = self.clip.driving(frames)
-        known = (was.blink, was.head_pose, was.anchors)
         if still:
             track, used = self.clip.track, slice(0, self.clip.num_training_frames)
-            known = tuple(part[used].mean(0, keepdim=True).expand(len(frames), -1) for part in (track.blink, track.head_pose, track.anchors))
-        heard = was.audio if sound is None else sound(frames)
-        blink, head_pose, anchors = known
-        return Driving(audio=heard, blink=blink, head_pose=head_pose, anchors=anchors).to(self.device)
+            means = {name: getattr(track, name)[used].mean(0) for name in ("blink", "head_pose", "anchors", "upper_face")}
+            was = replace(was, **{name: mean.expand(len(frames), -1) for name, mean in means.items()})
+        return (was if sound is None else replace(was, audio=sound(frames))).to(self.device)
 
     def render(
         self, driving: Driving, camera: Camera, background: Float[Tensor, "b 3 h w"] | None = None

@@ -1,7 +1,7 @@
 """A tracked video, what drives one frame, what a renderer returns, and how long work reports where it is."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -17,7 +17,7 @@ from talk3d.types.face import FaceMasks, FaceTrack
 
 @dataclass(frozen=True, kw_only=True)
 class Driving:
-    """What the avatar's five tokens are made of, for b frames (the null token needs nothing)."""
+    """What the avatar's tokens and linear bases are made of, for b frames (the null token needs nothing)."""
 
     audio: Float[Tensor, "b n f w"]
     """Speech features of the frame and its neighbours."""
@@ -27,10 +27,12 @@ class Driving:
     """Yaw, pitch, roll in radians."""
     anchors: Float[Tensor, "b 6"]
     """Where the head sits in the source frame, see `FaceTrack.anchors`."""
+    upper_face: Float[Tensor, "b 4"]
+    """What brows and eyes do, see `FaceTrack.upper_face`."""
 
     def to(self, device: torch.device | str) -> "Driving":
         """Return it on another device, as float32."""
-        return Driving(**{name: getattr(self, name).to(device, torch.float32) for name in ("audio", "blink", "head_pose", "anchors")})
+        return Driving(**{part.name: getattr(self, part.name).to(device, torch.float32) for part in fields(self)})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +99,7 @@ class Clip:
             blink=self.track.blink[frames],
             head_pose=self.track.head_pose[frames],
             anchors=self.track.anchors[frames],
+            upper_face=self.track.upper_face[frames],
         )
 
     def images(self, frames: Int[Tensor, " b"]) -> tuple[Float[Tensor, "b 3 h w"], Float[Tensor, "b 1 h w"]]:
