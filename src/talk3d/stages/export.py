@@ -17,7 +17,7 @@ from talk3d.models.avatar import Avatar
 from talk3d.models.baked import BakedDeltaplane
 from talk3d.models.renderer import GuidedRenderer
 from talk3d.models.superresolution import BakedSuperresolution
-from talk3d.stages.show import extract_mesh
+from talk3d.stages.show import extract_mesh, write_mesh
 from talk3d.types import Camera, Driving
 
 MESH_FORMATS = (".glb", ".obj", ".ply", ".stl")
@@ -60,7 +60,7 @@ class _Renderer(nn.Module):
 
 
 def export_mesh(avatar: Avatar, path: Path, *, side: int = 256) -> None:
-    """Write the surface of the avatar's head at rest, with vertex colours, in scene units (y up, the face looks along +z).
+    """Write the surface of the avatar's head at rest, with vertex colours, y up, the face along +z: in scene units, .glb in metres.
 
     Args:
         avatar: whose head.
@@ -75,9 +75,9 @@ def export_mesh(avatar: Avatar, path: Path, *, side: int = 256) -> None:
     person = avatar.personalized
     with torch.no_grad():
         mesh = extract_mesh(person.renderer, person.triplane, side)
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".partial.{path.name}")
     try:
-        mesh.export(partial, file_type=path.suffix[1:].lower())
+        write_mesh(mesh, partial)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
