@@ -3,7 +3,6 @@
 import importlib
 import json
 import logging
-import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from talk3d.errors import ConfigError
+from talk3d.io.writing import whole
 from talk3d.models.avatar import Avatar
 from talk3d.models.baked import BakedDeltaplane
 from talk3d.models.renderer import GuidedRenderer
@@ -75,12 +75,7 @@ def export_mesh(avatar: Avatar, path: Path, *, side: int = 256) -> None:
     person = avatar.personalized
     with torch.no_grad():
         mesh = extract_mesh(person.renderer, person.triplane, side)
-    partial = path.with_name(f".partial.{path.name}")
-    try:
-        write_mesh(mesh, partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_mesh(mesh, path)
 
 
 def export_onnx(avatar: Avatar, folder: Path) -> list[Path]:
@@ -123,9 +118,8 @@ def export_onnx(avatar: Avatar, folder: Path) -> list[Path]:
             "over": "rgb + (1 - alpha) * background, all in [0, 1]",
         },
     }
-    partial = folder / f".{CARD}.partial"
-    partial.write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, folder / CARD)
+    with whole(folder / CARD) as partial:
+        partial.write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
     return [folder / name for name in (TALKER, RENDERER, CARD)]
 
 
@@ -146,9 +140,8 @@ def _write_graph(module: nn.Module, inputs: dict[str, Tensor], output: str, path
             custom_translation_table=_translations(),
         )
     assert program is not None
-    partial = path.with_name(f".{path.name}.partial")
-    program.save(partial)
-    os.replace(partial, path)
+    with whole(path) as partial:
+        program.save(partial)
 
 
 def _translations() -> dict[Any, Any]:

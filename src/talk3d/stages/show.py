@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from talk3d.errors import ConfigError
-from talk3d.io.writing import VideoWriter
+from talk3d.io.writing import VideoWriter, whole
 from talk3d.models.avatar import Prior
 from talk3d.models.generator import TriplaneGenerator
 from talk3d.models.renderer import TriplaneRenderer
@@ -155,7 +155,8 @@ def normal_picture(rendering: Rendering, camera: Camera) -> Float[Tensor, "b 3 h
 
 
 def _save(picture: UInt8[np.ndarray, "h w 3"], path: Path) -> None:
-    Image.fromarray(picture).save(path)
+    with whole(path) as partial:
+        Image.fromarray(picture).save(partial)
 
 
 def _write_orbit(generator: TriplaneGenerator, ws: Float[Tensor, "1 n d"], path: Path, num_frames: int, progress: Progress) -> None:
@@ -215,7 +216,8 @@ def write_mesh(mesh: Any, path: Path) -> None:
         path: ends in .glb, .obj, .ply or .stl.
     """
     if path.suffix.lower() != ".glb":
-        mesh.export(path, file_type=path.suffix[1:].lower())
+        with whole(path) as partial:
+            mesh.export(partial, file_type=path.suffix[1:].lower())
         return
     shared = np.array(mesh.visual.vertex_colors) / 255
     shared[:, :3] = np.where(shared[:, :3] <= 0.04045, shared[:, :3] / 12.92, ((shared[:, :3] + 0.055) / 1.055) ** 2.4)
@@ -228,7 +230,8 @@ def write_mesh(mesh: Any, path: Path) -> None:
         tree["materials"] = [{"name": "skin", "pbrMetallicRoughness": {"metallicFactor": 0.0, "roughnessFactor": 1.0}}]  # else it is metal
         tree["meshes"][0]["primitives"][0]["material"] = 0
 
-    path.write_bytes(scene.export(file_type="glb", include_normals=True, tree_postprocessor=matte))
+    with whole(path) as partial:
+        partial.write_bytes(scene.export(file_type="glb", include_normals=True, tree_postprocessor=matte))
 
 
 def _density_grid(renderer: TriplaneRenderer, triplane: Triplane, side: int) -> Float[Tensor, "z y x"]:
