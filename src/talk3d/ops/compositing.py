@@ -1,4 +1,4 @@
-"""Pictures with mattes, laid over black or back into the frame they came from: colours at the seam, resampling. Pixel centres are at half-integers."""
+"""Pictures with mattes, over black or back in the frame they came from: colours at the seam, resampling. Pixel centres are at half-integers."""
 
 import numpy as np
 import torch
