@@ -9,11 +9,23 @@ from PIL import Image
 
 from talk3d.errors import ConfigError, MediaError
 from talk3d.io.media import read_audio, read_video, scan_video
-from talk3d.io.writing import FilmWriter, encoding_for
+from talk3d.io.writing import FilmWriter, encoding_for, whole
 from talk3d.types import Waveform
 
 COUNT, LENGTH = 41, 16
 BASE = np.random.default_rng(3).integers(0, 256, (48, 64, 3), np.uint8)
+
+
+def test_a_file_has_its_name_once_it_is_whole_and_is_gone_after_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "notes.txt"
+    for text in ("first", "second"):
+        with whole(path) as partial:
+            partial.write_text(text)
+            assert partial.suffix == ".txt" and (not path.exists() or path.read_text() == "first")
+    with pytest.raises(ValueError, match="no"), whole(path) as partial:
+        partial.write_text("third")
+        raise ValueError("no")
+    assert path.read_text() == "second" and list(tmp_path.iterdir()) == [path]
 
 
 def picture(number: int) -> np.ndarray:

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from talk3d.ops.compositing import inner_matte, inverse, match_colours, membrane, paste, resample, soft_window
+from talk3d.ops.compositing import inner_matte, inverse, match_colours, membrane, paste, premultiply, resample, soft_window
 
 CROP = np.array([[0.8, 0.1, -20.0], [-0.1, 0.8, -8.0]])
 SIDE = 48
@@ -11,6 +11,12 @@ SIDE = 48
 def waves(height: int, width: int) -> torch.Tensor:
     rows, columns = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
     return torch.stack([0.5 + 0.3 * torch.sin(rows / 9), 0.5 + 0.3 * torch.cos(columns / 11), 0.5 + 0.2 * torch.sin((rows + columns) / 13)])
+
+
+def test_premultiplied_pictures_fade_to_black() -> None:
+    image = torch.full((1, 3, 2, 2), 0.6)
+    for alpha, expected in ((1.0, 0.6), (0.0, -1.0), (0.5, -0.2)):
+        torch.testing.assert_close(premultiply(image, torch.full((1, 1, 2, 2), alpha)), torch.full((1, 3, 2, 2), expected))
 
 
 def test_resampling_hits_pixel_centres() -> None:

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from talk3d.ops.guided import Cells, RowLookup, guided_bins, guided_weights
+from talk3d.ops.guided import Cells, RowLookup, SteppedRays, guided_bins, guided_weights
 from talk3d.ops.planes import project_points, sample_planes
 
 CPU = torch.device("cpu")
@@ -43,6 +43,22 @@ def test_the_span_holds_all_full_cells() -> None:
     distance = (corners - eyes[:, None]).norm(dim=-1)
     assert (near <= distance.amin(1)).all() and (far >= distance.amax(1)).all()
     assert (far - near < distance.amax(1) - distance.amin(1) + 1.0).all()
+
+
+def test_rays_are_split_and_walked_one_by_one() -> None:
+    count, distances = 5, torch.rand(5, 3)
+    rays = SteppedRays(
+        origins=torch.rand(count, 3),
+        directions=torch.rand(count, 3),
+        volume=torch.arange(count),
+        near=torch.rand(count, 1),
+        step=torch.rand(count, 1),
+    )
+    parts = rays.split(2)
+    assert [len(part.volume) for part in parts] == [2, 2, 1] and torch.cat([part.near for part in parts]).equal(rays.near)
+    points = rays.points(distances)
+    for k in range(count):
+        torch.testing.assert_close(points[3 * k + 1], rays.origins[k] + distances[k, 1] * rays.directions[k])
 
 
 def test_even_weights_give_even_samples() -> None:

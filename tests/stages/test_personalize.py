@@ -13,8 +13,8 @@ import torch
 
 from talk3d.errors import ConfigError, ShapeError, TrackingError, WeightsError
 from talk3d.models.avatar import PersonalizedGenerator, Prior
+from talk3d.ops.compositing import premultiply
 from talk3d.stages.personalize import PersonalizeConfig, choose_frames, face_emphasis, personalize
-from talk3d.training.losses import premultiply
 from talk3d.types import Clip
 
 SHORT = PersonalizeConfig(num_frames=4, frames_per_step=2, inversion_steps=10, tuning_steps=10)

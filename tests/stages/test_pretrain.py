@@ -5,6 +5,8 @@ import math
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +19,7 @@ from PIL import Image
 
 from talk3d.errors import ConfigError, MediaError, WeightsError
 from talk3d.io.heads import load_heads
+from talk3d.io.weights import load_tensors
 from talk3d.ops.geometry import head_camera, project
 from talk3d.presets import TINY, TINY_ENCODER
 from talk3d.stages.adversarial import AdversarialConfig
@@ -103,6 +106,30 @@ def test_a_stopped_run_continues_exactly(balls: Path, tmp_path: Path, mode: Lite
     assert resumed.w_std == whole.w_std
     for name, value in weights(whole).items():
         assert weights(resumed)[name].equal(value), name
+
+
+KILLED = """
+import functools, importlib, os, signal, sys
+from pathlib import Path
+import torch
+from talk3d.presets import TINY, TINY_ENCODER
+
+torch.set_num_threads(1)
+stage = importlib.import_module("talk3d.stages.pretrain")
+loop = stage.Loop
+stage.Loop = lambda **settings: loop(**settings | {"checkpoint_every": 3})
+config = stage.PretrainConfig(steps=10, samples_per_step=2, views_per_sample=2, encoder=TINY_ENCODER)
+stop = lambda name, step, *_: os.kill(os.getpid(), signal.SIGKILL) if (name, step) == ("pretrain", 5) else None
+stage.pretrain(Path(sys.argv[1]), config, start=TINY, seed=3, progress=stop, checkpoint=Path(sys.argv[2]))
+"""
+
+
+def test_a_killed_run_continues_exactly_from_its_last_checkpoint(balls: Path, tmp_path: Path) -> None:
+    whole = pretrain(balls, SHORT, start=TINY, seed=3)
+    done = subprocess.run([sys.executable, "-c", KILLED, str(balls), str(tmp_path / "check")], check=False)
+    assert done.returncode == -signal.SIGKILL and load_tensors(tmp_path / "check", "checkpoint")[1]["step"] == 3
+    resumed = pretrain(balls, SHORT, start=TINY, seed=3, checkpoint=tmp_path / "check")
+    assert all(weights(resumed)[name].equal(value) for name, value in weights(whole).items())
 
 
 def test_seeds_matter_and_the_global_randomness_is_left_alone(balls: Path) -> None:

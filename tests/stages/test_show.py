@@ -1,20 +1,23 @@
 """Pictures and meshes of volumes known in closed form: a ball's depth, normals and mesh; grids are laid out as said; missing libraries are named."""
 
+import json
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import trimesh
 from PIL import Image
 from torch import nn
+from trimesh.visual import ColorVisuals
 
 from talk3d.errors import ConfigError
 from talk3d.io.media import scan_video
 from talk3d.models.avatar import Prior
 from talk3d.models.renderer import RendererConfig, TriplaneRenderer
 from talk3d.ops.geometry import head_camera
-from talk3d.stages.show import ShowConfig, depth_picture, extract_mesh, normal_picture, show_prior, tiled
+from talk3d.stages.show import MESH_RADIUS, ShowConfig, depth_picture, extract_mesh, normal_picture, show_prior, tiled, write_mesh
 from talk3d.types import Rendering, Triplane
 
 RADIUS, CENTRE = 0.2, torch.tensor([0.1, -0.05, 0.0])
@@ -26,10 +29,10 @@ class Ball(TriplaneRenderer):
 
     def __init__(self) -> None:
         nn.Module.__init__(self)
-        self.renderer_config = RendererConfig()
+        self.renderer_config = RendererConfig(neural_rendering_resolution=32)
 
     def query(self, triplane: Triplane, points: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        distance = torch.minimum((points - CENTRE).norm(dim=-1), (points + 0.35).norm(dim=-1) + 0.15)
+        distance = torch.minimum((points - CENTRE).norm(dim=-1), (points + 0.2).norm(dim=-1) + 0.15)
         density = 15.0 + 400 * (RADIUS - distance)
         features = torch.tensor([0.0, 1.0, 0.0]).expand(*points.shape)
         return density[..., None], features
@@ -42,13 +45,43 @@ def test_the_mesh_of_a_ball_is_the_larger_closed_sphere_in_its_place() -> None:
     assert (mesh.visual.vertex_colors == [0, 255, 0, 255]).all()
 
 
-def test_a_surface_cut_by_the_cubes_side_is_closed() -> None:
+def test_what_no_camera_sees_is_coloured_like_what_is_round_it() -> None:
+    class RedBehind(Ball):
+        def query(self, triplane: Triplane, points: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            density, green = super().query(triplane, points)
+            return density, torch.where(points[..., 2:] < -0.75 * RADIUS, green.roll(1, -1), green)
+
+    mesh = extract_mesh(RedBehind(), TRIPLANE, 32)
+    assert (
+        (mesh.vertices[:, 2] < -0.8 * RADIUS).any() and (mesh.visual.vertex_colors[:, 0] == 0).all() and (mesh.visual.vertex_colors[:, 2] < 60).all()
+    )
+
+
+def test_a_glb_is_life_size_matte_and_has_the_colours_of_light(tmp_path: Path) -> None:
+    mesh = extract_mesh(Ball(), TRIPLANE, 32)
+    mesh.visual.vertex_colors = np.full((len(mesh.vertices), 4), (255, 188, 10, 255), np.uint8)
+    write_mesh(mesh, tmp_path / "ball.glb")
+    content = (tmp_path / "ball.glb").read_bytes()
+    tree = json.loads(content[20 : 20 + int.from_bytes(content[12:16], "little")])
+    part = tree["meshes"][0]["primitives"][0]
+    assert tree["materials"][part["material"]]["pbrMetallicRoughness"]["metallicFactor"] == 0 and "NORMAL" in part["attributes"]
+    read = trimesh.load(tmp_path / "ball.glb", force="mesh", skip_materials=True)
+    assert isinstance(read, trimesh.Trimesh) and isinstance(read.visual, ColorVisuals)
+    np.testing.assert_allclose(read.vertices, mesh.vertices * 0.41, atol=1e-6)
+    assert (np.asarray(read.visual.vertex_colors) == (255, 128, 1, 255)).all()  # 188 is half the light
+
+
+def test_a_surface_cut_by_the_balls_side_is_closed() -> None:
     class Wall(Ball):
         def query(self, triplane: Triplane, points: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             return 15.0 - 400 * points[..., 1:2], torch.zeros(*points.shape)
 
-    mesh = extract_mesh(Wall(), TRIPLANE, 32)  # the lower half of the cube
-    assert mesh.is_watertight and mesh.volume == pytest.approx(0.5, rel=0.1) and mesh.bounds[1, 1] == pytest.approx(0.0, abs=0.02)
+    mesh = extract_mesh(Wall(), TRIPLANE, 32)  # the lower half of the ball
+    assert (
+        mesh.is_watertight
+        and mesh.volume == pytest.approx(2 / 3 * np.pi * (MESH_RADIUS / 2) ** 3, rel=0.1)
+        and mesh.bounds[1, 1] == pytest.approx(0.0, abs=0.02)
+    )
 
 
 def test_an_empty_volume_has_no_mesh() -> None:

@@ -14,9 +14,10 @@ import torch
 
 from talk3d.errors import ConfigError, WeightsError
 from talk3d.models.avatar import Avatar, PersonalizedGenerator, Prior
+from talk3d.ops.compositing import premultiply
 from talk3d.presets import BUILTIN256, TINY
 from talk3d.stages.train import TrainConfig, avatar_sizes, background_plate, even_out, picture_error, train, with_rays
-from talk3d.training.losses import MouthShapes, premultiply
+from talk3d.training.losses import MouthShapes
 from talk3d.types import Clip, FaceMasks
 
 SHORT = TrainConfig(steps=10, frames_per_step=2, listening_steps=3, listening_frames=4, reading_steps=3)

@@ -201,6 +201,26 @@ def _average_two(number: int, store: str) -> None:
     torch.distributed.destroy_process_group()
 
 
+def _interrupt_one(number: int, store: str) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=number, world_size=2)
+    run = Run()
+
+    def hook(step: int) -> None:
+        average_gradients(run.net.parameters())
+        if (number, step) == (1, 2):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    run.hook = hook
+    with pytest.raises(KeyboardInterrupt):
+        run.loop.run("fit", 100, run.step)
+    assert run.loop.step == 5
+    torch.distributed.destroy_process_group()
+
+
+def test_an_interruption_of_one_process_stops_all_at_the_same_step(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_interrupt_one, (str(tmp_path / "store"),), nprocs=2)
+
+
 def test_processes_share_the_mean_of_their_gradients(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(_average_two, (str(tmp_path / "store"),), nprocs=2)  # raises what a process raises
     parameter = nn.Parameter(torch.zeros(2))

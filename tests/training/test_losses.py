@@ -21,7 +21,6 @@ from talk3d.training.losses import (
     laplacian_pyramid,
     mouth_shapes,
     picture_losses,
-    premultiply,
     quiet_frames,
     shut_mouth,
     unusual,
@@ -33,12 +32,6 @@ from talk3d.types import AudioFeatures, Rendering, Triplane, Waveform
 def rendering(image: torch.Tensor, alpha: torch.Tensor) -> Rendering:
     raw, raw_alpha = (F.avg_pool2d(x, 2) for x in (image, alpha))
     return Rendering(image=image, alpha=alpha, raw=raw, raw_alpha=raw_alpha, features=raw, depth=raw_alpha)
-
-
-def test_premultiplied_pictures_fade_to_black() -> None:
-    image = torch.full((1, 3, 2, 2), 0.6)
-    for alpha, expected in ((1.0, 0.6), (0.0, -1.0), (0.5, -0.2)):
-        torch.testing.assert_close(premultiply(image, torch.full((1, 1, 2, 2), alpha)), torch.full((1, 3, 2, 2), expected))
 
 
 def test_pyramid_bands_add_up_to_the_picture() -> None:

@@ -8,7 +8,6 @@ import dataclasses
 import glob
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from talk3d.errors import ConfigError, Talk3DError
 from talk3d.io.catalogue import sha256_of
 from talk3d.io.clips import load_clip
 from talk3d.io.weights import load_person, load_prior
+from talk3d.io.writing import whole
 from talk3d.stages.personalize import PersonalizeConfig, personalize
 from talk3d.stages.track import TrackConfig, track
 from talk3d.stages.train import TrainConfig, train
@@ -115,9 +115,8 @@ class Products:
             raise ConfigError(f"{self.folder} is there but is no build folder of talk3d: move it away, or give another -o") from error
 
     def _write(self) -> None:
-        partial = self.path.with_name(".manifest.partial")
-        partial.write_text(json.dumps(self.manifest, indent=2), encoding="utf-8")
-        os.replace(partial, self.path)
+        with whole(self.path) as partial:
+            partial.write_text(json.dumps(self.manifest, indent=2), encoding="utf-8")
 
     def leave(self) -> None:
         """Remove the folder if nothing was made in it."""

@@ -14,6 +14,7 @@ from talk3d.apps.commands import ModelFile, Output, VideoInput, check_input, che
 from talk3d.apps.terminal import Display, duration, note_findings
 from talk3d.errors import ConfigError, MediaError, TrackingError
 from talk3d.io.catalogue import sha256_of
+from talk3d.io.writing import whole
 from talk3d.metrics.page import STYLE, plot
 from talk3d.stages.check import CheckConfig, check
 from talk3d.stages.track import TrackConfig, track
@@ -59,14 +60,11 @@ def write_report(title: str, report: Mapping[str, Any], path: Path) -> None:
         MediaError: it cannot be written.
     """
     text = json.dumps(report, indent=2, ensure_ascii=False) + "\n" if path.suffix == ".json" else page(title, report)
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
+        with whole(path) as partial:
+            partial.write_text(text, encoding="utf-8")
     except OSError as error:
         raise MediaError(f"cannot write {path} ({error.strerror}): give a path in a folder that exists and that you may write to") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def page(title: str, report: Mapping[str, Any]) -> str:

@@ -5,6 +5,7 @@ A command is a function inside a function, so that only the stage that is asked 
 
 import contextlib
 import functools
+import inspect
 import io
 from collections.abc import Callable
 from pathlib import Path
@@ -50,7 +51,7 @@ def run(name: str, arguments: list[str], examples: str) -> None:
                 parts = {part: _later(one) for part, one in command.items()}
                 start = tyro.extras.subcommand_cli_from_dict(parts, prog=f"talk3d {name}", description=f"examples:\n  {examples}", args=arguments)
             else:
-                description = f"{(command.__doc__ or '').partition('Args:')[0].strip()}\n\nexamples:\n  {examples}"
+                description = f"{(inspect.getdoc(command) or '').partition('Args:')[0].strip()}\n\nexamples:\n  {examples}"
                 start = tyro.cli(_later(command), prog=f"talk3d {name}", description=description, args=arguments)
     except SystemExit as leaving:
         if leaving.code in (None, 0):

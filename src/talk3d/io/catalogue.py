@@ -8,7 +8,6 @@ Where the sha256 is known it is held to; where it is not, the first file seen is
 import hashlib
 import json
 import logging
-import os
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
@@ -22,6 +21,7 @@ from talk3d.errors import WeightsError
 from talk3d.io.face_models import cache_folder
 from talk3d.io.published import read_checkpoint
 from talk3d.io.weights import load_strictly
+from talk3d.io.writing import whole
 from talk3d.types.clip import Progress, silent
 
 logger = logging.getLogger(__name__)
@@ -311,9 +311,8 @@ def _hold(file: PublishedFile, found: str, folder: Path | None, path: Path) -> N
     expected = file.sha256 or pins.get(file.path)
     if expected is None:
         place = (folder or cache_folder()) / PINS
-        partial = place.with_name(f".{PINS}.{os.getpid()}.partial")
-        partial.write_text(json.dumps(pins | {file.path: found}, indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, place)
+        with whole(place) as partial:
+            partial.write_text(json.dumps(pins | {file.path: found}, indent=2) + "\n", encoding="utf-8")
         logger.info("%s has no published sha256: %s is trusted from now on", path, found)
     elif expected != found:
         known = "published" if file.sha256 else f"first seen (kept in {PINS})"
@@ -334,21 +333,17 @@ def _pins(folder: Path | None) -> dict[str, str]:
 
 def _download(file: PublishedFile, folder: Path | None, progress: Progress) -> None:
     path = _place(file, folder)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     by_hand = f"download {file.url} elsewhere and put it at {path}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        found = _stream(file, partial, progress)
-        _hold(file, found, folder, path)
-        os.replace(partial, path)
+        with whole(path) as partial:
+            _hold(file, _stream(file, partial, progress), folder, path)
     except urllib.error.URLError as error:
         if isinstance(error, urllib.error.HTTPError):
             error.close()  # it is the answer itself
         raise WeightsError(f"cannot fetch {path.name} ({error.reason}): {by_hand}") from error
     except (OSError, ValueError) as error:
         raise WeightsError(f"cannot fetch {path.name} ({error}): {by_hand}") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _stream(file: PublishedFile, partial: Path, progress: Progress) -> str:

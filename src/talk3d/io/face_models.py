@@ -5,7 +5,6 @@ Only finds, fetches and checks files; what the networks compute is in `talk3d.pe
 
 import hashlib
 import logging
-import os
 import subprocess
 import sys
 import tempfile
@@ -16,6 +15,7 @@ from pathlib import Path
 from platformdirs import user_cache_path
 
 from talk3d.errors import WeightsError
+from talk3d.io.writing import whole
 
 logger = logging.getLogger(__name__)
 
@@ -113,9 +113,8 @@ def fetch_registry_models(folder: Path | None = None) -> None:
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             wheel = _download_wheel(Path(scratch))
             for name, contents in _read_wheel(wheel).items():
-                part = Path(scratch) / name
-                part.write_bytes(contents)
-                os.replace(part, folder / name)
+                with whole(folder / name) as partial:
+                    partial.write_bytes(contents)
     except OSError as error:
         raise WeightsError(f"cannot keep the face models in {folder} ({error}): make room there or make it writable") from error
 

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import os
 import typing
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 import talk3d
 from talk3d.errors import ConfigError, Talk3DError, WeightsError
 from talk3d.io.pickles import shown
+from talk3d.io.writing import whole
 from talk3d.models.avatar import Avatar, AvatarConfig, Performance, PersonalizedGenerator, Prior
 from talk3d.models.encoder import Encoder, EncoderConfig
 from talk3d.models.generator import GeneratorConfig, TriplaneGenerator
@@ -47,13 +47,11 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str,
     Raises:
         WeightsError: the place cannot be written.
     """
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, partial, metadata={"talk3d": json.dumps(header)})
-        partial.chmod(0o644)
-        os.replace(partial, path)
+        with whole(path) as partial:
+            save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, partial, metadata={"talk3d": json.dumps(header)})
+            partial.chmod(0o644)
     except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
         raise WeightsError(f"cannot write {path} ({error}): give a path in a folder that exists and can be written") from error
 
 

@@ -1,8 +1,9 @@
-"""Films out: frames and sound to one file, or pictures to a folder; long films in segments, so that an interrupted one can be gone on with.
+"""Whole files, and films out: frames and sound to one file, or pictures to a folder; long ones in segments, so that they can be gone on with.
 
 Everything streams, and whatever has a name is whole: work in progress has another one. Knows nothing of faces or models.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -28,6 +29,17 @@ BT709 = 1
 """FFmpeg's number for BT.709 primaries, transfer and matrix."""
 SEGMENT_FRAMES = 120
 """About how many frames of a long film are lost when it is interrupted."""
+
+
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Give the block another name, with the same ending, to write a file under: it gets its own once the block is left, or is removed on an error."""
+    partial = _partial(path)
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,6 +200,8 @@ class FilmWriter:
             shutil.rmtree(self.folder)
         try:
             self.folder.mkdir(exist_ok=True)
+            for torn in self.folder.glob(".*"):  # left by a run that was killed
+                torn.unlink()
             (self.folder / "film.json").write_text(json.dumps(facts), encoding="utf-8")
         except OSError as error:
             raise MediaError(f"cannot write {self.path} ({error}): give a path in a folder that exists and that you may write to") from error
@@ -232,10 +246,9 @@ class FilmWriter:
 
     def _write_picture(self, frame: UInt8[np.ndarray, "h w c"]) -> None:
         place = self.folder / f"{self.num_frames:06}.png"
-        partial = place.with_name(f".{place.name}")
         try:
-            Image.fromarray(frame).save(partial, format="PNG", compress_level=3)
-            partial.replace(place)
+            with whole(place) as partial:
+                Image.fromarray(frame).save(partial, format="PNG", compress_level=3)
         except OSError as error:
             raise MediaError(f"cannot go on writing {self.path} ({error}): see that the disk has room") from error
 
@@ -264,15 +277,11 @@ class FilmWriter:
         if writer and left:
             writer.path = writer.path.with_name(f"{self.num_frames - left:08}-{left}{writer.path.suffix}")
         self._close()
-        partial = _partial(self.path)
         try:
-            with _create(partial, self.path) as container:
+            with whole(self.path) as partial, _create(partial, self.path) as container:
                 self._join(container, None if sound is None else iter(sound), sample_rate_hz)
-            partial.replace(self.path)
         except WRITE_ERRORS as error:
             raise MediaError(f"cannot finish {self.path} ({error}): see that the disk has room") from error
-        finally:
-            partial.unlink(missing_ok=True)
         shutil.rmtree(self.folder)
 
     def _join(self, container: Any, sound: Iterator[Waveform] | None, sample_rate_hz: int) -> None:
@@ -338,7 +347,7 @@ class _Sound:
 
 
 def _partial(path: Path) -> Path:
-    """Where a film is while it is not whole."""
+    """Where a file is while it is not whole."""
     return path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
 
 

@@ -5,7 +5,6 @@
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw
 
 from talk3d.errors import ConfigError, MediaError
+from talk3d.io.writing import whole
 from talk3d.types import Waveform
 
 SHEET_LABEL_PX = 14
@@ -275,27 +275,21 @@ class Report:
             if path.suffix.lower() in (".html", ".htm"):
                 from talk3d.metrics.page import page
 
-                _replace(path, page(self).encode())
+                _write(path, page(self))
                 return
             rows = [row for rows in self.pictures.values() for row in rows]
             if rows:
                 picture = Image.fromarray(np.ascontiguousarray(contact_sheet(rows)))
-                partial = path.with_name(f".{path.stem}.partial.png")
-                picture.save(partial)
-                os.replace(partial, path.with_suffix(".png"))
-            text = json.dumps(self.to_json(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-            _replace(path, text.encode())
+                with whole(path.with_suffix(".png")) as partial:
+                    picture.save(partial)
+            _write(path, json.dumps(self.to_json(), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
         except OSError as error:
-            for partial in (path.with_name(f".{path.stem}.partial.png"), path.with_name(f".{path.name}.partial")):
-                partial.unlink(missing_ok=True)
             raise MediaError(f"cannot write {path} ({error}): give a path in a folder that exists and can be written") from error
 
 
-def _replace(path: Path, content: bytes) -> None:
-    """Write a file under another name first."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(content)
-    os.replace(partial, path)
+def _write(path: Path, text: str) -> None:
+    with whole(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def _frames(entry: Measure) -> str:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from talk3d.errors import ConfigError
 from talk3d.models.layers import EqualLinear
 from talk3d.models.superresolution import Superresolution, SuperresolutionConfig
-from talk3d.ops.guided import EMPTY, Cells, RowLookup, guided_bins, guided_weights
+from talk3d.ops.guided import EMPTY, Cells, RowLookup, SteppedRays, guided_bins, guided_weights
 from talk3d.ops.planes import project_points, sample_planes
 from talk3d.ops.rays import camera_rays, limit_to_box, limit_to_occupied
 from talk3d.ops.volume import composite, importance_distances, segment_weights, stratified_distances
@@ -237,18 +237,18 @@ class GuidedRenderer:
         rows = self.lookup.rows([plane.to(self.dtype) for plane in planes])
         near, far = self._span(camera)
         step = (far - near) / (self.num_coarse - 1)
-        (weights,) = self._in_parts(self._look, self.num_coarse, rows, *self._rays(camera, self.coarse_side, near, step))
+        (weights,) = self._in_parts(self._look, self.num_coarse, rows, self._rays(camera, self.coarse_side, near, step))
         weights = weights.view(batch, self.coarse_side, self.coarse_side, -1).permute(0, 3, 1, 2)  # b m h w
         weights = F.interpolate(weights, size=(side, side), mode="bilinear").permute(0, 2, 3, 1).flatten(0, 2)  # r m
-        seen = [*self._rays(camera, side, near, step), weights]
+        rays = self._rays(camera, side, near, step)
         empty = far.repeat_interleave(side**2)[:, None]
         if self.compact:
             kept = (weights.amax(1) > 1e-3).nonzero()[:, 0]
             background = [empty.new_full((len(empty), config.feature_channels), float(config.white_back)), torch.zeros_like(empty), empty]
-            shown = self._in_parts(self._shade, self.num_fine, rows, *(x[kept] for x in seen)) if len(kept) else background
+            shown = self._in_parts(self._shade, self.num_fine, rows, rays[kept], weights[kept]) if len(kept) else background
             pictures = [x.index_copy(0, kept, y) for x, y in zip(background, shown, strict=True)] if len(kept) else background
         else:
-            pictures = self._shade(rows, *seen)
+            pictures = self._shade(rows, rays, weights)
         features, alpha, depth = (x.view(batch, side, side, -1).permute(0, 3, 1, 2) for x in pictures)  # b c h w
         return 2 * features - 1, alpha, depth
 
@@ -258,31 +258,22 @@ class GuidedRenderer:
             near, far = near.clamp(min=self.config.ray_start), far.clamp(max=self.config.ray_end)
         return near, far
 
-    def _rays(self, camera: Camera, side: int, near: Float[Tensor, " b"], step: Float[Tensor, " b"]) -> list[Tensor]:
-        """Return origin, direction, number of the volume, nearest distance and step of each ray of all pictures."""
+    def _rays(self, camera: Camera, side: int, near: Float[Tensor, " b"], step: Float[Tensor, " b"]) -> SteppedRays:
         rays = camera_rays(camera, side, 0.0, 1.0)
         volume = torch.arange(len(camera), device=near.device).repeat_interleave(side**2)
-        return [rays.origins.flatten(0, 1), rays.directions.flatten(0, 1), volume, near[volume, None], step[volume, None]]
+        origins, directions = rays.origins.flatten(0, 1), rays.directions.flatten(0, 1)
+        return SteppedRays(origins=origins, directions=directions, volume=volume, near=near[volume, None], step=step[volume, None])
 
-    def _in_parts(self, work: Callable[..., list[Tensor]], samples: int, rows: Tensor, *rays: Tensor) -> list[Tensor]:
+    def _in_parts(self, work: Callable[..., list[Tensor]], samples: int, rows: Tensor, *of_rays: SteppedRays | Tensor) -> list[Tensor]:
         if not self.compact:
-            return work(rows, *rays)
-        parts = [work(rows, *part) for part in zip(*(x.split(max(1, POINTS_AT_ONCE // samples)) for x in rays), strict=True)]
+            return work(rows, *of_rays)
+        parts = [work(rows, *part) for part in zip(*(x.split(max(1, POINTS_AT_ONCE // samples)) for x in of_rays), strict=True)]
         return [torch.cat(results) for results in zip(*parts, strict=True)]
 
-    def _look(
-        self,
-        rows: Float[Tensor, "m c"],
-        origins: Float[Tensor, "r 3"],
-        directions: Float[Tensor, "r 3"],
-        volume: Int[Tensor, " r"],
-        near: Float[Tensor, "r 1"],
-        step: Float[Tensor, "r 1"],
-    ) -> list[Float[Tensor, "r q"]]:
+    def _look(self, rows: Float[Tensor, "m c"], rays: SteppedRays) -> list[Float[Tensor, "r q"]]:
         """Return the weights of equal steps along rays."""
-        distances = near + step * torch.arange(self.num_coarse, device=near.device)  # r s
-        points = torch.addcmul(origins[:, None], distances[:, :, None], directions[:, None]).flatten(0, 1)
-        volume = volume.repeat_interleave(self.num_coarse)
+        distances = rays.near + rays.step * torch.arange(self.num_coarse, device=rays.near.device)  # r s
+        points, volume = rays.points(distances), rays.volume.repeat_interleave(self.num_coarse)
         full = self.cells.occupied(points)
         if self.compact:
             index = full.nonzero()[:, 0]
@@ -292,20 +283,11 @@ class GuidedRenderer:
             density = torch.where(full, self._density(self._hidden(rows, points, volume)), EMPTY)
         return [segment_weights(density.view(1, *distances.shape), distances[None])[0]]
 
-    def _shade(
-        self,
-        rows: Float[Tensor, "m c"],
-        origins: Float[Tensor, "r 3"],
-        directions: Float[Tensor, "r 3"],
-        volume: Int[Tensor, " r"],
-        near: Float[Tensor, "r 1"],
-        step: Float[Tensor, "r 1"],
-        weights: Float[Tensor, "r q"],
-    ) -> list[Float[Tensor, "r _"]]:
+    def _shade(self, rows: Float[Tensor, "m c"], rays: SteppedRays, weights: Float[Tensor, "r q"]) -> list[Float[Tensor, "r _"]]:
         """Return features, opacity and distance of rays."""
-        distances = near + guided_bins(weights, self.num_fine) * step
-        points = torch.addcmul(origins[:, None], distances[:, :, None], directions[:, None]).flatten(0, 1)
-        hidden = self._hidden(rows, points, volume.repeat_interleave(self.num_fine))
+        distances = rays.near + guided_bins(weights, self.num_fine) * rays.step
+        points = rays.points(distances)
+        hidden = self._hidden(rows, points, rays.volume.repeat_interleave(self.num_fine))
         density = torch.where(self.cells.occupied(points), self._density(hidden), EMPTY).view(distances.shape)
         shares = guided_weights(density, distances)
         colours = torch.sigmoid_(F.linear(hidden, *self.colour))

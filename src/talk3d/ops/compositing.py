@@ -1,4 +1,4 @@
-"""Putting a rendered head back into the frame that it came from: mattes, colours at the seam, resampling. Pixel centres are at half-integers."""
+"""Pictures with mattes, over black or back in the frame they came from: colours at the seam, resampling. Pixel centres are at half-integers."""
 
 import numpy as np
 import torch
@@ -12,6 +12,11 @@ INSET = 1 / 128
 """A rendered head's matte fades over four times this inside its outline, in the picture's sides."""
 MOST_SHIFT = 0.15
 """How far colours are moved to match at the seam, of the whole range."""
+
+
+def premultiply(image: Float[Tensor, "b 3 h w"], alpha: Float[Tensor, "b 1 h w"]) -> Float[Tensor, "b 3 h w"]:
+    """Lay a picture in [-1, 1] over black with its matte in [0, 1]."""
+    return (image + 1) * alpha - 1
 
 
 def resample(picture: Float[Tensor, "c h w"], target_to_source: Float64[np.ndarray, "2 3"], size: tuple[int, int]) -> Float[Tensor, "c H W"]:

@@ -119,6 +119,31 @@ class Cells:
         return (distance.amin(1) - self.radius).clamp(min=0), distance.amax(1) + self.radius
 
 
+@dataclass(frozen=True, kw_only=True)
+class SteppedRays:
+    """Rays of all pictures in one list, each walked in equal steps."""
+
+    origins: Float[Tensor, "r 3"]
+    directions: Float[Tensor, "r 3"]
+    volume: Int[Tensor, " r"]
+    """In which of several volumes each ray looks."""
+    near: Float[Tensor, "r 1"]
+    """Distance of the first step."""
+    step: Float[Tensor, "r 1"]
+
+    def __getitem__(self, index: Int[Tensor, " k"] | slice) -> "SteppedRays":
+        """Return some of the rays."""
+        return SteppedRays(**{name: getattr(self, name)[index] for name in self.__dataclass_fields__})
+
+    def split(self, size: int) -> list["SteppedRays"]:
+        """Return lists of `size` rays, the last one shorter."""
+        return [self[start : start + size] for start in range(0, len(self.near), size)]
+
+    def points(self, distances: Float[Tensor, "r s"]) -> Float[Tensor, "r*s 3"]:
+        """Return the places at these distances, ray by ray."""
+        return torch.addcmul(self.origins[:, None], distances[:, :, None], self.directions[:, None]).flatten(0, 1)
+
+
 def guided_bins(weights: Float[Tensor, "r m"], num_samples: int) -> Float[Tensor, "r s"]:
     """Place samples by coarse weights, in the middles of equal shares, in units of the m segments.
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from talk3d.models.avatar import Prior
 from talk3d.models.stylegan2 import resize_to
+from talk3d.ops.compositing import premultiply
 from talk3d.ops.geometry import CAMERA_FOCAL, HEAD_PIVOT, farthest_points, intrinsics_matrix, look_at, rotation_from_vector
 from talk3d.types import Camera, Triplane
 
@@ -95,4 +96,4 @@ def level_views(image: Float[Tensor, "k 3 h w"], alpha: Float[Tensor, "k 1 h w"]
     seen = rays @ (cam2world[:, :3, :3].mT @ cameras.cam2world[:, :3, :3]) @ cameras.intrinsics.mT
     grid = (2 * seen[..., :2] / seen[..., 2:] - 1).unflatten(1, (side, side))
     both = F.grid_sample(torch.cat([image, alpha], 1), grid, padding_mode="border", align_corners=False)
-    return level, torch.cat([(both[:, :3] + 1) * both[:, 3:] - 1, both[:, 3:]], 1)
+    return level, torch.cat([premultiply(both[:, :3], both[:, 3:]), both[:, 3:]], 1)

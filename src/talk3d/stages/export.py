@@ -3,7 +3,6 @@
 import importlib
 import json
 import logging
-import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from talk3d.errors import ConfigError
+from talk3d.io.writing import whole
 from talk3d.models.avatar import Avatar
 from talk3d.models.baked import BakedDeltaplane
 from talk3d.models.renderer import GuidedRenderer
 from talk3d.models.superresolution import BakedSuperresolution
-from talk3d.stages.show import extract_mesh
+from talk3d.stages.show import extract_mesh, write_mesh
 from talk3d.types import Camera, Driving
 
 MESH_FORMATS = (".glb", ".obj", ".ply", ".stl")
@@ -65,7 +65,7 @@ class _Renderer(nn.Module):
 
 
 def export_mesh(avatar: Avatar, path: Path, *, side: int = 256) -> None:
-    """Write the surface of the avatar's head at rest, with vertex colours, in scene units (y up, the face looks along +z).
+    """Write the surface of the avatar's head at rest, with vertex colours, y up, the face along +z: in scene units, .glb in metres.
 
     Args:
         avatar: whose head.
@@ -80,12 +80,7 @@ def export_mesh(avatar: Avatar, path: Path, *, side: int = 256) -> None:
     person = avatar.personalized
     with torch.no_grad():
         mesh = extract_mesh(person.renderer, person.triplane, side)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        mesh.export(partial, file_type=path.suffix[1:].lower())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_mesh(mesh, path)
 
 
 def export_onnx(avatar: Avatar, folder: Path) -> list[Path]:
@@ -129,9 +124,8 @@ def export_onnx(avatar: Avatar, folder: Path) -> list[Path]:
             "over": "rgb + (1 - alpha) * background, all in [0, 1]",
         },
     }
-    partial = folder / f".{CARD}.partial"
-    partial.write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, folder / CARD)
+    with whole(folder / CARD) as partial:
+        partial.write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
     return [folder / name for name in (TALKER, RENDERER, CARD)]
 
 
@@ -152,9 +146,8 @@ def _write_graph(module: nn.Module, inputs: dict[str, Tensor], output: str, path
             custom_translation_table=_translations(),
         )
     assert program is not None
-    partial = path.with_name(f".{path.name}.partial")
-    program.save(partial)
-    os.replace(partial, path)
+    with whole(path) as partial:
+        program.save(partial)
 
 
 def _translations() -> dict[Any, Any]:

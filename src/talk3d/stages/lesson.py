@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from talk3d.errors import ConfigError, WeightsError
 from talk3d.metrics.image import SSIM_WINDOW, ssim_map
 from talk3d.models.avatar import Avatar
+from talk3d.ops.compositing import premultiply
 from talk3d.perception.landmarks import mouth_opening
 from talk3d.perception.perceptual import load_lpips
 from talk3d.stages.personalize import face_emphasis
@@ -23,7 +24,6 @@ from talk3d.training.losses import (
     hearing_losses,
     mouth_shapes,
     picture_losses,
-    premultiply,
     quiet_frames,
     shut_mouth,
     unusual,

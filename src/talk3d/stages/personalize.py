@@ -15,10 +15,11 @@ from torch import Tensor
 from talk3d.errors import ConfigError, ShapeError, TrackingError
 from talk3d.io.weights import load_prior
 from talk3d.models.avatar import PersonalizedGenerator, Prior
+from talk3d.ops.compositing import premultiply
 from talk3d.ops.geometry import farthest_points
 from talk3d.perception.landmarks import mouth_opening
 from talk3d.stages.invert import InversionConfig, Views, finer_rays, invert
-from talk3d.training.losses import PictureTarget, premultiply
+from talk3d.training.losses import PictureTarget
 from talk3d.types import Clip, Progress, silent
 
 

@@ -7,17 +7,17 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor
 
 from talk3d.errors import ConfigError
-from talk3d.io.writing import VideoWriter
+from talk3d.io.writing import VideoWriter, whole
 from talk3d.models.avatar import Prior
 from talk3d.models.generator import TriplaneGenerator
 from talk3d.models.renderer import TriplaneRenderer
 from talk3d.models.stylegan2 import resize_to
-from talk3d.ops.geometry import head_camera, orbit
+from talk3d.ops.geometry import head_camera, orbit, project
 from talk3d.ops.rays import camera_rays
 from talk3d.types import Camera, Progress, Rendering, Triplane, silent
 
@@ -27,6 +27,12 @@ DEPTH_SPAN = (2.25, 3.3)
 """Distances that are white and black in pictures of depth, scene units."""
 SHEET_YAWS = (0.0, -0.6, 0.6)
 """Sides from which heads of a sheet are seen, radians."""
+KNOWN_YAWS = (-1.0, -0.5, 0.0, 0.5, 1.0)
+"""Sides from which priors see heads while they learn, radians: what none of them shows has no colour of its own."""
+MESH_RADIUS = 0.85
+"""Of the ball in which a mesh is cut, halves of the cube's side: a head with its neck and the top of its shoulders."""
+METRES = 0.41
+"""Of a scene unit, where a head is as large as those of the builtin prior."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +90,7 @@ def show_prior(
         with torch.no_grad():
             mesh = extract_mesh(generator, generator.triplane(ws), config.mesh_side)
         written.append(folder / f"mesh.{config.mesh_format}")
-        mesh.export(written[-1])
+        write_mesh(mesh, written[-1])
     return written
 
 
@@ -149,7 +155,8 @@ def normal_picture(rendering: Rendering, camera: Camera) -> Float[Tensor, "b 3 h
 
 
 def _save(picture: UInt8[np.ndarray, "h w 3"], path: Path) -> None:
-    Image.fromarray(picture).save(path)
+    with whole(path) as partial:
+        Image.fromarray(picture).save(partial)
 
 
 def _write_orbit(generator: TriplaneGenerator, ws: Float[Tensor, "1 n d"], path: Path, num_frames: int, progress: Progress) -> None:
@@ -176,10 +183,12 @@ def _mesh_libraries() -> tuple[Any, Any]:
 def extract_mesh(renderer: TriplaneRenderer, triplane: Triplane, side: int) -> Any:
     """Cut the surface of one volume by marching cubes: a `trimesh.Trimesh` in scene units, its largest piece, closed, with vertex colours.
 
+    Only a ball in the cube is searched: below and behind the shoulders, which no picture shows, volumes hold whatever they like.
+
     Args:
         renderer: decodes the planes.
         triplane: one volume.
-        side: cells a side of the cube that is searched.
+        side: cells a side of the cube.
 
     Raises:
         ConfigError: the extra `mesh` is not installed, or the volume is empty.
@@ -194,22 +203,77 @@ def extract_mesh(renderer: TriplaneRenderer, triplane: Triplane, side: int) -> A
     mesh = max(whole.split(only_watertight=False), key=lambda piece: len(piece.faces))
     if mesh.volume < 0:
         mesh.invert()
-    mesh.visual.vertex_colors = _colours(renderer, triplane, torch.from_numpy(np.asarray(mesh.vertices)).float())
+    places, normals = (torch.tensor(np.array(x), dtype=torch.float32, device=density.device) for x in (mesh.vertices, mesh.vertex_normals))
+    mesh.visual.vertex_colors = _colours(renderer, triplane, places, normals)
     return mesh
 
 
+def write_mesh(mesh: Any, path: Path) -> None:
+    """Write a `trimesh.Trimesh` in scene units in the format of the path's ending; a .glb is life-size by its scene, in metres as glTF has it.
+
+    Args:
+        mesh: with vertex colours as screens show them.
+        path: ends in .glb, .obj, .ply or .stl.
+    """
+    if path.suffix.lower() != ".glb":
+        with whole(path) as partial:
+            mesh.export(partial, file_type=path.suffix[1:].lower())
+        return
+    shared = np.array(mesh.visual.vertex_colors) / 255
+    shared[:, :3] = np.where(shared[:, :3] <= 0.04045, shared[:, :3] / 12.92, ((shared[:, :3] + 0.055) / 1.055) ** 2.4)
+    linear = mesh.copy()
+    linear.visual.vertex_colors = (shared * 255).round().astype(np.uint8)  # glTF multiplies light by them
+    scene = _mesh_libraries()[0].Scene()
+    scene.add_geometry(linear, geom_name="head", node_name="head", transform=np.diag([METRES, METRES, METRES, 1.0]))
+
+    def matte(tree: dict[str, Any]) -> None:
+        tree["materials"] = [{"name": "skin", "pbrMetallicRoughness": {"metallicFactor": 0.0, "roughnessFactor": 1.0}}]  # else it is metal
+        tree["meshes"][0]["primitives"][0]["material"] = 0
+
+    with whole(path) as partial:
+        partial.write_bytes(scene.export(file_type="glb", include_normals=True, tree_postprocessor=matte))
+
+
 def _density_grid(renderer: TriplaneRenderer, triplane: Triplane, side: int) -> Float[Tensor, "z y x"]:
-    centres = ((torch.arange(side, device=triplane.planes.device) + 0.5) / side - 0.5) * renderer.renderer_config.box_warp
+    width = renderer.renderer_config.box_warp
+    centres = ((torch.arange(side, device=triplane.planes.device) + 0.5) / side - 0.5) * width
     slabs = []
     for z in centres:  # one slab at a time, for memory's sake
         y, x = torch.meshgrid(centres, centres, indexing="ij")
         points = torch.stack([x, y, z.expand_as(x)], -1).reshape(1, -1, 3)
-        slabs.append(F.softplus(renderer.query(triplane, points)[0] - 1).view(side, side))
+        ball = SURFACE_DENSITY * (1 + 20 * (MESH_RADIUS - 2 * points[0].norm(dim=-1) / width))
+        slabs.append(torch.minimum(F.softplus(renderer.query(triplane, points)[0] - 1).flatten(), ball).view(side, side))
     return torch.stack(slabs)
 
 
-def _colours(renderer: TriplaneRenderer, triplane: Triplane, points: Float[Tensor, "n 3"]) -> Int[np.ndarray, "n 4"]:
-    """Colours of points of the surface, 0 to 255, opaque."""
-    features = renderer.query(triplane, points[None].to(triplane.planes.device))[1]
-    colour = (features[0, :, :3].clamp(0, 1) * 255).round().int().cpu().numpy()
-    return np.concatenate([colour, np.full_like(colour[:, :1], 255)], 1)
+def _colours(renderer: TriplaneRenderer, triplane: Triplane, points: Float[Tensor, "n 3"], normals: Float[Tensor, "n 3"]) -> UInt8[np.ndarray, "n 4"]:
+    """Colours of points of the surface as pictures show them, opaque; what none shows is coloured like the places around it that one does."""
+    shown, weight = torch.zeros_like(points), torch.zeros_like(points[:, :1])
+    for yaw in KNOWN_YAWS:
+        seen, colour = _seen(renderer, triplane, points, normals, yaw)
+        shown, weight = shown + seen * colour, weight + seen
+    if not weight.any():
+        shown, weight = renderer.query(triplane, points[None])[1][0, :, :3], torch.ones_like(weight)
+    known = weight[:, 0] > 0
+    shown[known] /= weight[known]
+    some = known.nonzero()[:, 0]
+    some = some[:: len(some) // 500 + 1]
+    near = torch.cdist(points[~known], points[some]).clamp(min=1e-3).pow(-8)
+    shown[~known] = near @ shown[some] / near.sum(1, keepdim=True)
+    return np.pad((shown.clamp(0, 1) * 255).round().byte().cpu().numpy(), ((0, 0), (0, 1)), constant_values=255)
+
+
+def _seen(
+    renderer: TriplaneRenderer, triplane: Triplane, points: Float[Tensor, "n 3"], normals: Float[Tensor, "n 3"], yaw: float
+) -> tuple[Float[Tensor, "n 1"], Float[Tensor, "n 3"]]:
+    """Return how squarely a camera looks at points of the surface, 0 where something is in the way, and the colours it sees there."""
+    camera, side = head_camera(torch.tensor([[yaw, 0.0, 0.0]])).to(points.device), 2 * renderer.renderer_config.neural_rendering_resolution
+    features, alpha, depth = renderer.render_rays(triplane, renderer.rays(camera, side))
+    picture = torch.cat([features[..., :3] / alpha.clamp(min=1e-3), depth], -1).mT.unflatten(2, (side, side))  # b c h w
+    place = 2 * project(points[None], camera) - 1  # b n 2
+    found = F.grid_sample(picture, place[:, None], align_corners=False)[0, :, 0].T  # n c
+    towards = camera.cam2world[0, :3, 3] - points
+    distance = towards.norm(dim=1, keepdim=True)
+    facing = (normals * towards).sum(1, keepdim=True) / distance
+    free = (place[0].abs() < 1).all(1, keepdim=True) & (facing > 0.3) & (distance < found[:, 3:] + 0.03)
+    return free * facing**8, found[:, :3]

@@ -20,12 +20,13 @@ from talk3d.models.avatar import Avatar, AvatarConfig, Performance, Personalized
 from talk3d.models.conditioning import ConditioningConfig
 from talk3d.models.deltaplane import DeltaplaneConfig
 from talk3d.models.renderer import RendererConfig
+from talk3d.ops.compositing import premultiply
 from talk3d.stages.invert import finer_rays
 from talk3d.stages.lesson import Lesson, LessonConfig
 from talk3d.stages.personalize import face_emphasis
 from talk3d.stages.viewpoints import trained_views
 from talk3d.training.loop import Best, Loop
-from talk3d.training.losses import MouthShapes, premultiply
+from talk3d.training.losses import MouthShapes
 from talk3d.types import Clip, Progress, silent
 
 MAX_VALIDATION = 50

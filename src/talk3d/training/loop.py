@@ -65,6 +65,15 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     torch._foreach_copy_(gradients, [piece.view_as(gradient) for piece, gradient in zip(pieces, gradients, strict=True)])
 
 
+def _any_process(asked: bool) -> bool:
+    """Say whether any process is asked; those that stopped alone would leave the others waiting for their gradients."""
+    if processes()[1] == 1:
+        return asked
+    flag = torch.tensor(float(asked), device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(flag, dist.ReduceOp.MAX)
+    return bool(flag)
+
+
 class Average:
     """Exponential moving average of a module's parameters and buffers."""
 
@@ -128,9 +137,10 @@ class Loop:
             while self.step < total:
                 values = step(self.step)
                 self.step += 1
-                if self.step % self.report_every == 0 or self.step == total:
+                told = self.step % self.report_every == 0 or self.step == total
+                if told:
                     progress(stage, self.step, total, {name: float(value) for name, value in values.items()})
-                if interrupted():
+                if (told or processes()[1] == 1) and _any_process(interrupted()):  # several wait for each other, so they ask more seldom
                     self.save()
                     raise KeyboardInterrupt
                 if self.step % self.checkpoint_every == 0:

@@ -13,6 +13,7 @@ from torch import Tensor
 from talk3d.models.conditioning import Conditioner
 from talk3d.models.renderer import TriplaneRenderer
 from talk3d.models.stylegan2 import resize_to
+from talk3d.ops.compositing import premultiply
 from talk3d.ops.geometry import fit_similarity
 from talk3d.types import AudioFeatures, Rendering, Triplane, Waveform
 
@@ -33,11 +34,6 @@ class PictureTarget:
 def target_from_rgba(rgba: Float[Tensor, "b 4 h w"]) -> PictureTarget:
     """Turn pictures and mattes in [0, 1], not premultiplied, into a target."""
     return PictureTarget(image=premultiply(2 * rgba[:, :3] - 1, rgba[:, 3:]), alpha=rgba[:, 3:])
-
-
-def premultiply(image: Float[Tensor, "b 3 h w"], alpha: Float[Tensor, "b 1 h w"]) -> Float[Tensor, "b 3 h w"]:
-    """Lay a picture in [-1, 1] over black with its matte in [0, 1]."""
-    return (image + 1) * alpha - 1
 
 
 def laplacian_pyramid(x: Float[Tensor, "b c h w"], levels: int) -> list[Float[Tensor, "b c _ _"]]:
