@@ -7,8 +7,21 @@ from typing import Any
 import pytest
 
 from talk3d.apps import build as building
-from talk3d.apps.build import BuildConfig, build, checkpoint_beside, fingerprint, remove_checkpoints, sha256_of
+from talk3d.apps.build import (
+    BuildConfig,
+    build,
+    checkpoint_beside,
+    fingerprint,
+    place_and_save,
+    placed_prior,
+    remove_checkpoints,
+    sha256_of,
+)
 from talk3d.errors import ConfigError, TrackingError
+from talk3d.io.weights import load_prior, save_prior
+from talk3d.models.avatar import Prior
+from talk3d.models.generator import TriplaneGenerator
+from talk3d.presets import TINY
 
 Calls = list[str]
 
@@ -44,7 +57,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
         monkeypatch.setattr(building, stage.__name__, stage)
     for load in ("load_clip", "load_person"):
         monkeypatch.setattr(building, load, Path.read_text)
-    monkeypatch.setattr(building, "load_prior", str)
+    monkeypatch.setattr(building, "placed_prior", lambda prior, *rest: prior)
     return made
 
 
@@ -175,3 +188,17 @@ def test_a_refused_video_stops_before_anything_is_made_unless_told_otherwise(
         build(video, tmp_path / "me.t3d", BuildConfig())
     assert calls == [] and list(tmp_path.iterdir()) == [video]
     assert build(video, tmp_path / "me.t3d", BuildConfig(), yes=True) == ["track", "personalize", "train"]
+
+
+def test_priors_are_placed_once_and_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def place(prior: Prior, model: str, *, device: str) -> Prior:
+        return Prior(generator=prior.generator, w_std=prior.w_std, provenance={"head_space": {"residual": 0.004, "face_model": f"{model} {device}"}})
+
+    monkeypatch.setattr(building, "load_face_model", lambda path=None: path or "usual")
+    monkeypatch.setattr(building, "place_prior", place)
+    save_prior(Prior(generator=TriplaneGenerator(TINY), w_std=1.0, provenance={}), tmp_path / "old.t3d")
+    assert placed_prior(str(tmp_path / "old.t3d"), "cpu", Path("other")).provenance["head_space"]["face_model"] == "other cpu"
+    place_and_save(load_prior(tmp_path / "old.t3d"), tmp_path / "new.t3d", "cpu")
+    assert capsys.readouterr().out == "placed in head space; face points are 0.4% of a head off\n"
+    assert placed_prior(str(tmp_path / "new.t3d"), "cpu", Path("other")).provenance["head_space"]["face_model"] == "usual cpu"
+    assert "head_space" not in placed_prior("builtin", "cpu").provenance

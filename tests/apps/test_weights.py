@@ -69,7 +69,9 @@ def test_import_makes_a_prior(shared: Path, tmp_path: Path, capsys: pytest.Captu
     assert main(["weights", "import", str(shared / "fixtures" / "eg3d_tiny128.pkl"), "-o", str(tmp_path / "prior.t3d")]) == 0
     said = capsys.readouterr().out
     assert "128 pixels, fixed axes" in said and "d4ad58b6547019a2454038c3295551177120d6d774728e2c1e13f5d49ddacacb" in said
-    assert load_prior(tmp_path / "prior.t3d").generator.config.z_dim == 64
+    prior = load_prior(tmp_path / "prior.t3d")
+    assert prior.generator.config.z_dim == 64
+    assert "not placed in head space" in said and "head_space" not in prior.provenance  # its average is no face
 
 
 def test_import_refuses_what_wants_to_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 from talk3d.errors import ConfigError
 from talk3d.models.renderer import GuidedRenderer, PointDecoder, RendererConfig, TriplaneRenderer
 from talk3d.models.superresolution import SuperresolutionConfig
-from talk3d.ops.geometry import head_camera, project
+from talk3d.ops.geometry import head_camera, move_camera, project, rotation_from_vector
 from talk3d.ops.planes import project_points, sample_planes
 from talk3d.ops.volume import segment_weights, stratified_distances
 from talk3d.types import Triplane
@@ -305,3 +305,23 @@ def test_guided_rendering_of_nothing_is_black_or_white() -> None:
             guided = GuidedRenderer(changed_renderer, torch.zeros(8, 8, 8, dtype=torch.bool), torch.float32)
             features, alpha, depth = guided(planes, head_camera(torch.zeros(1, 3)))
         assert features.eq(level).all() and alpha.eq(0).all() and depth.isfinite().all()
+
+
+def test_planes_that_lie_elsewhere_in_head_space_are_seen_by_moved_cameras() -> None:
+    renderer, volumes = smooth_head()
+    one = Triplane(planes=volumes.planes[:1], axes="fixed")
+    place = (1.1, 0.1, -0.2, 0.05, 0.02, -0.03, 0.01)
+    camera, everywhere = head_camera(torch.tensor([[0.3, 0.1, 0.0]])), torch.ones(8, 8, 8, dtype=torch.bool)
+    turn, shift = rotation_from_vector(torch.tensor(place[1:4])), torch.tensor(place[4:])
+    moved = move_camera(camera, place[0], turn, shift)
+    with torch.no_grad():
+        limits = replace(renderer.renderer_config, ray_start=1.1 * 2.25, ray_end=1.1 * 3.3)  # of a head that is larger in the planes' space
+        results = []
+        for config, seen_from in ((limits, moved), (replace(renderer.renderer_config, head_space=place), camera)):
+            renderer.renderer_config = config
+            plain = renderer.render_triplane(one, torch.zeros(1, 6), seen_from)
+            guided = GuidedRenderer(renderer, everywhere, torch.float32)(list(one.planes.unbind(1)), seen_from)
+            results.append((plain.image, plain.depth, *guided))
+    for expected, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
+    assert float(results[0][0].std()) > 0.01

@@ -125,3 +125,11 @@ def test_published_cameras_stay_finite_at_the_poles():
 
 def test_published_focal_lengths():
     assert g.published_focal(18.837) == pytest.approx(4.2647, abs=2e-3)
+
+
+def test_moved_cameras_see_moved_points_where_these_see_them():
+    points = torch.randn(1, 7, 3, generator=torch.Generator().manual_seed(2), dtype=torch.float64) * 0.2
+    turn, shift = random_rotations(3)[1], torch.tensor([0.1, -0.2, 0.05], dtype=torch.float64)
+    camera = g.head_camera(torch.tensor([[0.3, -0.2, 0.1]], dtype=torch.float64))
+    moved = g.move_camera(camera, 1.3, turn, shift)
+    assert torch.allclose(g.project(1.3 * points @ turn.mT + shift, moved), g.project(points, camera), atol=1e-9)

@@ -20,6 +20,9 @@ from PIL import Image
 from talk3d.errors import ConfigError, MediaError, WeightsError
 from talk3d.io.heads import load_heads
 from talk3d.io.weights import load_tensors
+from talk3d.models.avatar import Prior
+from talk3d.models.encoder import Encoder
+from talk3d.models.generator import TriplaneGenerator
 from talk3d.ops.geometry import head_camera, project
 from talk3d.presets import TINY, TINY_ENCODER
 from talk3d.stages.adversarial import AdversarialConfig
@@ -232,3 +235,10 @@ def test_a_start_can_be_sharpened(balls: Path) -> None:
     with torch.no_grad():
         before, after = (t.generator.query(t.generator.triplane(ws), points)[0] for t in trainers)
     torch.testing.assert_close(after - 1, 2.5 * (before - 1), rtol=1e-4, atol=1e-4)
+
+
+def test_a_prior_that_was_placed_goes_on_in_the_space_of_its_pictures(balls: Path) -> None:
+    sizes = replace(TINY, renderer=replace(TINY.renderer, head_space=(1.1, 0.0, 0.0, 0.1, 0.0, 0.0, 0.0)))
+    start = Prior(generator=TriplaneGenerator(sizes), w_std=1.0, provenance={}, encoder=Encoder(TINY_ENCODER, sizes.renderer.w_dim))
+    again = pretrain(balls, replace(SHORT, steps=1), start=start)
+    assert again.generator.config == TINY and again.generator.renderer_config == TINY.renderer

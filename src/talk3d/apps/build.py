@@ -16,11 +16,14 @@ from typing import Any
 
 from talk3d import __version__
 from talk3d.apps.check import reviewer
-from talk3d.errors import ConfigError, Talk3DError
+from talk3d.errors import ConfigError, Talk3DError, WeightsError
 from talk3d.io.catalogue import sha256_of
 from talk3d.io.clips import load_clip
-from talk3d.io.weights import load_person, load_prior
+from talk3d.io.weights import load_person, load_prior, save_prior
 from talk3d.io.writing import whole
+from talk3d.models.avatar import Prior
+from talk3d.perception.headspace import place_prior
+from talk3d.perception.landmarks import load_face_model
 from talk3d.stages.personalize import PersonalizeConfig, personalize
 from talk3d.stages.track import TrackConfig, track
 from talk3d.stages.train import TrainConfig, train
@@ -149,6 +152,28 @@ class Products:
         return True
 
 
+def placed_prior(prior: str, device: str, face_model: Path | None = None) -> Prior:
+    """Load a prior; where it lies in head space is found now if its file does not say.
+
+    Raises:
+        WeightsError: no such file, no prior, or its average is no head.
+    """
+    found = load_prior(prior)
+    if prior == "builtin" or "head_space" in found.provenance:
+        return found
+    return place_prior(found, load_face_model(face_model), device=device)
+
+
+def place_and_save(prior: Prior, out: Path, device: str, *, exact: bool = False) -> None:
+    """Write a prior with its place in head space, or without, if that cannot be found yet, and say so."""
+    try:
+        prior = place_prior(prior, load_face_model(), device=device)
+        print(f"placed in head space; face points are {prior.provenance['head_space']['residual']:.1%} of a head off")
+    except WeightsError as error:
+        print(f"not placed in head space, which personalize will try again: {error}")
+    save_prior(prior, out, exact=exact)
+
+
 def build(
     video: Path,
     avatar_path: Path,
@@ -189,9 +214,8 @@ def build(
 
     def make_person() -> None:
         checkpoint = products.checkpoint("personalize")
-        personalize(
-            load_clip(clip_path), load_prior(config.prior), config.personalize, device=device, seed=seed, progress=progress, checkpoint=checkpoint
-        ).save(person_path)
+        clip, prior = load_clip(clip_path), placed_prior(config.prior, device, config.face_model)
+        personalize(clip, prior, config.personalize, device=device, seed=seed, progress=progress, checkpoint=checkpoint).save(person_path)
         checkpoint.unlink(missing_ok=True)
 
     def make_avatar() -> None:

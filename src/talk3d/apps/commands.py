@@ -139,9 +139,8 @@ def _check() -> Callable[..., None]:
 
 
 def _personalize() -> Callable[..., None]:
-    from talk3d.apps.build import checkpoint_beside, remove_checkpoints
+    from talk3d.apps.build import checkpoint_beside, placed_prior, remove_checkpoints
     from talk3d.io.clips import load_clip
-    from talk3d.io.weights import load_prior
     from talk3d.stages.personalize import PersonalizeConfig, personalize
 
     defaults = PersonalizeConfig()
@@ -169,10 +168,10 @@ def _personalize() -> Callable[..., None]:
         check_prior(prior)
         check_output(out, clip, Path(prior))
         checkpoint = checkpoint_beside(out, clip, config, "builtin" if prior == "builtin" else Path(prior), seed)
+        used_device = resolve_device(device)
         with Display() as display:
-            person = personalize(
-                load_clip(clip), load_prior(prior), config, device=resolve_device(device), seed=seed, progress=display, checkpoint=checkpoint
-            )
+            known = placed_prior(prior, used_device)
+            person = personalize(load_clip(clip), known, config, device=used_device, seed=seed, progress=display, checkpoint=checkpoint)
             person.save(out)
         remove_checkpoints(out)
         print(f"{out}: next, talk3d train {out} {clip} -o AVATAR")

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from tyro.conf import Positional, arg
 
 from talk3d import presets
-from talk3d.apps.build import checkpoint_beside, remove_checkpoints
+from talk3d.apps.build import checkpoint_beside, place_and_save, remove_checkpoints
 from talk3d.apps.commands import AvatarInput, Device, Input, Output, check_input, check_output, check_prior, resolve_device
 from talk3d.apps.terminal import Display
 from talk3d.errors import ConfigError
@@ -109,7 +109,7 @@ def pretrain_prior(
         )
         if not first:
             return
-        prior.save(out)
+        place_and_save(prior, out, used_device)
     remove_checkpoints(out)
     print(f"{out}: next, talk3d prior show {out} -o FOLDER, or talk3d personalize CLIP -o PERSON --prior {out}")
 

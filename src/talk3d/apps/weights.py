@@ -6,12 +6,14 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from talk3d.apps.commands import Input, check_input, check_output
+from talk3d.apps.build import place_and_save
+from talk3d.apps.commands import Input, check_input, check_output, resolve_device
 from talk3d.apps.terminal import Display
 from talk3d.errors import WeightsError
 from talk3d.io.catalogue import CATALOGUE, Published, fetch, find, is_there, published
 from talk3d.io.face_models import cache_folder
 from talk3d.io.published import import_checkpoint
+from talk3d.io.weights import load_prior
 from talk3d.perception.bisenet import load_bisenet
 from talk3d.perception.identity import load_identity
 from talk3d.perception.inception import load_inception
@@ -96,6 +98,8 @@ def import_weights(
 ) -> None:
     """Turn a generator of EG3D (.pkl) into a prior, or a checkpoint of Talk3D (.pt) into a file of ours; nothing in the file is run.
 
+    A prior is also placed in head space, for which its average head is rendered.
+
     Args:
         file: the published file.
         out: the new file; beside the old one, with the ending .t3d, if none is given.
@@ -106,6 +110,7 @@ def import_weights(
     check_output(place, file)
     found = import_checkpoint(file, place, plane_axes=None if axes == "auto" else axes)
     if found["kind"] == "prior":
+        place_and_save(load_prior(place), place, resolve_device("auto"), exact=True)
         what = (
             f"a prior of {found['parameters']:,} parameters, {found['pixels']} pixels, {found['plane_axes']} axes: talk3d personalize --prior {place}"
         )

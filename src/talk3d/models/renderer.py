@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from talk3d.errors import ConfigError
 from talk3d.models.layers import EqualLinear
 from talk3d.models.superresolution import Superresolution, SuperresolutionConfig
+from talk3d.ops.geometry import move_camera, rotation_from_vector
 from talk3d.ops.guided import EMPTY, Cells, RowLookup, SteppedRays, guided_bins, guided_weights
 from talk3d.ops.planes import project_points, sample_planes
 from talk3d.ops.rays import camera_rays, limit_to_box, limit_to_occupied
@@ -67,11 +68,20 @@ class RendererConfig:
     """In training, standard deviation of the noise on raw density."""
     superresolution: SuperresolutionConfig = field(default_factory=SuperresolutionConfig)
     """Sizes of the super-resolution."""
+    head_space: tuple[float, float, float, float, float, float, float] = (1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+    """Where head space, in which cameras are given, lies in that of the planes: a scale, a rotation vector and a shift, in this order."""
 
     def __post_init__(self) -> None:
         """Refuse one limit of the rays without the other."""
         if (self.ray_start == "auto") != (self.ray_end == "auto"):
             raise ConfigError(f"ray_start {self.ray_start!r} and ray_end {self.ray_end!r}: give two distances, or 'auto' for both")
+
+    def in_planes(self, camera: Camera) -> Camera:
+        """Move cameras from head space to that of the planes."""
+        if self.head_space == RendererConfig.head_space:
+            return camera
+        turn, shift = camera.cam2world.new_tensor(self.head_space[1:]).split(3)
+        return move_camera(camera, self.head_space[0], rotation_from_vector(turn), shift)
 
 
 class PointDecoder(nn.Module):
@@ -116,11 +126,12 @@ class TriplaneRenderer(nn.Module):
         return F.max_pool3d(full, 2 * dilation + 1, stride=1, padding=dilation)[0, 0] > 0
 
     def rays(self, camera: Camera, side: int) -> Rays:
-        """Return the rays of square pictures of `side` pixels, with the configured limits."""
+        """Return the rays of square pictures of `side` pixels, in the planes' space, with the configured limits."""
         config = self.renderer_config
+        camera = config.in_planes(camera)
         if config.ray_start == "auto" or config.ray_end == "auto":
             return limit_to_box(camera_rays(camera, side, 0.0, 0.0), config.box_warp)
-        return camera_rays(camera, side, config.ray_start, config.ray_end)
+        return camera_rays(camera, side, config.head_space[0] * config.ray_start, config.head_space[0] * config.ray_end)
 
     def render_rays(
         self, triplane: Triplane, rays: Rays, generator: torch.Generator | None = None
@@ -234,6 +245,7 @@ class GuidedRenderer:
     ) -> tuple[Float[Tensor, "b f h w"], Float[Tensor, "b 1 h w"], Float[Tensor, "b 1 h w"]]:
         """Return features in [-1, 1], opacity and distance of each ray."""
         config, side, batch = self.config, self.config.neural_rendering_resolution, len(camera)
+        camera = config.in_planes(camera)
         rows = self.lookup.rows([plane.to(self.dtype) for plane in planes])
         near, far = self._span(camera)
         step = (far - near) / (self.num_coarse - 1)
@@ -255,7 +267,8 @@ class GuidedRenderer:
     def _span(self, camera: Camera) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
         near, far = self.cells.span(camera.cam2world[:, :3, 3])
         if not isinstance(self.config.ray_start, str) and not isinstance(self.config.ray_end, str):
-            near, far = near.clamp(min=self.config.ray_start), far.clamp(max=self.config.ray_end)
+            scale = self.config.head_space[0]
+            near, far = near.clamp(min=scale * self.config.ray_start), far.clamp(max=scale * self.config.ray_end)
         return near, far
 
     def _rays(self, camera: Camera, side: int, near: Float[Tensor, " b"], step: Float[Tensor, " b"]) -> SteppedRays:

@@ -92,6 +92,14 @@ def view_angles(rotation: Float[Tensor, "*b 3 3"]) -> Float[Tensor, "*b 3"]:
     return torch.stack([yaw, pitch, roll], -1)
 
 
+def move_camera(camera: Camera, scale: float, turn: Float[Tensor, "3 3"], shift: Float[Tensor, " 3"]) -> Camera:
+    """Cameras that see scale * turn @ x + shift where these see x."""
+    cam2world = camera.cam2world.clone()
+    cam2world[..., :3, :3] = turn @ camera.cam2world[..., :3, :3]
+    cam2world[..., :3, 3] = scale * camera.cam2world[..., :3, 3] @ turn.mT + shift
+    return Camera(cam2world=cam2world, intrinsics=camera.intrinsics)
+
+
 def intrinsics_matrix(focal: float = CAMERA_FOCAL, centre: tuple[float, float] = (0.5, 0.5)) -> Float[Tensor, "3 3"]:
     """Intrinsics of square pixels, in image sides."""
     return torch.tensor([[focal, 0.0, centre[0]], [0.0, focal, centre[1]], [0.0, 0.0, 1.0]])

@@ -15,7 +15,7 @@ from torch import Tensor
 from talk3d.models.avatar import Prior
 from talk3d.models.stylegan2 import resize_to
 from talk3d.ops.compositing import premultiply
-from talk3d.ops.geometry import CAMERA_FOCAL, HEAD_PIVOT, farthest_points, intrinsics_matrix, look_at, rotation_from_vector
+from talk3d.ops.geometry import CAMERA_FOCAL, HEAD_PIVOT, farthest_points, intrinsics_matrix, look_at, move_camera, rotation_from_vector
 from talk3d.types import Camera, Triplane
 
 NUM_VIEWS = 8
@@ -40,10 +40,7 @@ def nodded(cameras: Camera, angle_rad: float) -> Camera:
     """Move cameras round the head's pivot, up by this angle for those in front."""
     turn = rotation_from_vector(cameras.cam2world.new_tensor([-angle_rad, 0.0, 0.0]))
     pivot = cameras.cam2world.new_tensor(HEAD_PIVOT)
-    cam2world = cameras.cam2world.clone()
-    cam2world[..., :3, :3] = turn @ cam2world[..., :3, :3]
-    cam2world[..., :3, 3] = (cam2world[..., :3, 3] - pivot) @ turn.mT + pivot
-    return Camera(cam2world=cam2world, intrinsics=cameras.intrinsics)
+    return move_camera(cameras, 1.0, turn, pivot - turn @ pivot)
 
 
 def find_nod(prior: Prior, image: Float[Tensor, "k 3 h w"], alpha: Float[Tensor, "k 1 h w"], cameras: Camera) -> float:

@@ -115,11 +115,11 @@ def guess_codes(prior: Prior, views: Views) -> Float[Tensor, "m w"]:
     num_moments = int(views.moment.max()) + 1
     if prior.encoder is None:
         return average.expand(num_moments, -1).clone()
-    guesses = []
+    guesses, cameras = [], prior.generator.renderer_config.in_planes(views.cameras)
     for moment in range(num_moments):
         index = (views.moment == moment).nonzero()[:, 0]
         with torch.no_grad():
-            guesses.append(prior.encoder(views.target.image[index][None], views.target.alpha[index][None], views.cameras[index])[0])
+            guesses.append(prior.encoder(views.target.image[index][None], views.target.alpha[index][None], cameras[index])[0])
     return average + torch.stack(guesses)
 
 

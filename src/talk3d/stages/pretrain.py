@@ -25,6 +25,7 @@ from talk3d.models.avatar import Prior
 from talk3d.models.encoder import Encoder, EncoderConfig
 from talk3d.models.generator import GeneratorConfig, TriplaneGenerator
 from talk3d.models.layers import EqualLinear
+from talk3d.models.renderer import RendererConfig
 from talk3d.ops.planes import gather_planes, project_points, sample_planes
 from talk3d.stages.adversarial import AdversarialConfig, AdversarialTrainer, conditioned
 from talk3d.stages.show import head_sheet
@@ -157,6 +158,7 @@ def _make_trainer(
     config: PretrainConfig, heads: HeadDataset, start: GeneratorConfig | Prior, device: str, seed: int
 ) -> "SupervisedTrainer | AdversarialTrainer":
     sizes = start.generator.config if isinstance(start, Prior) else start
+    sizes = replace(sizes, renderer=replace(sizes.renderer, head_space=RendererConfig.head_space))  # the data set's cameras are in the planes' space
     fitted = conditioned(sizes) if config.mode == "adversarial" else replace(sizes, c_dim=0, mapping_layers=0)
     if isinstance(start, Prior) and fitted != sizes:
         raise ConfigError(f"this prior was not made in the {config.mode} way and cannot go on in it: give one that was, or start anew")
