@@ -72,7 +72,7 @@ class LossWeights:
 class LessonConfig:
     """How hard to train, and on what."""
 
-    steps: int = 1200
+    steps: int = 1800
     """Optimisation steps."""
     frames_per_step: int = 2
     """Frames rendered in one step."""
