@@ -63,7 +63,7 @@ def load_people(folder: Path, side: int) -> list[Person]:
     return people
 
 
-def render_all(head: Inversion, cameras: Camera, device: str, rays: int | None = None) -> Rendering:
+def render_all(head: Inversion, cameras: Camera, device: str, rays: int) -> Rendering:
     """Render one head from all cameras, one after the other."""
     generator, rows = head.generator.to(device), head.person.to(device)
     with torch.no_grad():
@@ -88,7 +88,7 @@ def depth_errors(rendering: Rendering, person: Person) -> np.ndarray:
     return (error.sum((1, 2)) / head.sum((1, 2)) / HEAD_DEPTH).numpy()
 
 
-def scores(head: Inversion, person: Person, device: str, rays: int | None) -> tuple[dict[str, list[float]], torch.Tensor]:
+def scores(head: Inversion, person: Person, device: str, rays: int) -> tuple[dict[str, list[float]], torch.Tensor]:
     """PSNR and depth error of every view, and the pictures."""
     rendering = render_all(head, person.cameras, device, rays)
     shape = render_all(head, person.cameras, device, DEPTH_SIDE)
@@ -113,15 +113,16 @@ def measure(index: int) -> tuple[dict[str, dict[str, list[float]]], np.ndarray]:
     prior, config, device = _state["prior"], _state["config"], _state["device"]
     assert isinstance(prior, Prior) and isinstance(config, InversionConfig) and isinstance(device, str)
     person = _state["people"][index]  # pyright: ignore
+    rays = config.rays or prior.generator.renderer_config.superresolution.input_side  # as many as were compared
     results, strips = {}, [person.target.image]
     for name, count in CASES.items():
         views = person.views(count)
         guess = guess_codes(prior, views)[:, None].expand(-1, prior.generator.num_ws, -1)
         guessed = Inversion(generator=prior.generator, own=torch.zeros(1, 3, 1, 1, 1), person=guess[:1], moments=guess, drift=0.0)
-        results[f"{name}, guess"], _ = scores(guessed, person, device, config.rays)
+        results[f"{name}, guess"], _ = scores(guessed, person, device, rays)
         prior.generator.to("cpu")
         inversion = invert(prior, views, config, device=device)
-        results[name], pictures = scores(inversion, person, device, config.rays)
+        results[name], pictures = scores(inversion, person, device, rays)
         strips.append(pictures)
     rows = [torch.cat(list(strip[[0, *range(len(FIT), len(VIEWS))]]), -1) for strip in strips]
     picture = torch.cat(rows, -2).permute(1, 2, 0)  # h w c
