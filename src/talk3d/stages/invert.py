@@ -42,7 +42,7 @@ class InversionConfig:
     """Steps of tuning the generator."""
     tuning_rate: float = 1e-3
     """Adam's learning rate of the generator at the start of tuning."""
-    own_rate: float = 0.03
+    own_rate: float = 0.01
     """Adam's learning rate of the planes' own part at the start of tuning, in units of the planes' standard deviation."""
     own_sides: float = 0.3
     """The same for the two planes that a front view does not look on to, as a share: what they learn from it shows as streaks from the side."""

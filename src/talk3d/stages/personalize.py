@@ -29,6 +29,8 @@ class PersonalizeConfig(InversionConfig):
 
     tuning_steps: int = 160
     """Steps of tuning the generator."""
+    own_rate: float = 0.03
+    """Adam's learning rate of the planes' own part at the start of tuning, in units of the planes' standard deviation."""
     rays: int | None = None
     """Rays a side of the pictures that are compared; None takes half as many again as the prior, as `train` does."""
     num_frames: int = 8
