@@ -32,7 +32,7 @@ class PersonalizeConfig(InversionConfig):
     own_rate: float = 0.03
     """Adam's learning rate of the planes' own part at the start of tuning, in units of the planes' standard deviation."""
     rays: int | None = None
-    """Rays a side of the pictures that are compared; None takes half as many again as the prior, as `train` does."""
+    """Rays a side of the pictures that are compared; None takes half as many again as the prior, fewer than `train`."""
     num_frames: int = 8
     """Frames chosen from the training part, as different in pose, mouth and blink as can be; one more is kept for validation."""
 

@@ -21,7 +21,6 @@ from talk3d.models.conditioning import ConditioningConfig
 from talk3d.models.deltaplane import DeltaplaneConfig
 from talk3d.models.renderer import RendererConfig
 from talk3d.ops.compositing import premultiply
-from talk3d.stages.invert import finer_rays
 from talk3d.stages.lesson import Lesson, LessonConfig
 from talk3d.stages.personalize import face_emphasis
 from talk3d.stages.viewpoints import trained_views
@@ -38,7 +37,7 @@ class TrainConfig(LessonConfig):
     """How long and how hard to train, and which avatar of the training is kept."""
 
     rays: int | None = None
-    """Rays a side of the person's pictures; None takes half as many again as the prior, as far as super-resolution takes them as they are."""
+    """Rays a side of the person's pictures; None takes as many as super-resolution takes as they are."""
     samples: int | None = None
     """Samples on each ray, at even distances, and as many more where those found something; None takes the prior's, five of eight if
     there are more rays."""
@@ -194,7 +193,7 @@ def _new_avatar(person: PersonalizedGenerator, clip: Clip, config: TrainConfig, 
 
 
 def _rays_and_samples(prior: RendererConfig, config: TrainConfig) -> tuple[int, int]:
-    rays = config.rays or finer_rays(prior)
+    rays = config.rays or max(prior.neural_rendering_resolution, prior.superresolution.input_side)
     few = rays > prior.neural_rendering_resolution
     return rays, config.samples or (-(-5 * prior.depth_resolution // 8) if few else prior.depth_resolution)
 
