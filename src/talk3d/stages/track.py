@@ -163,7 +163,7 @@ def track(
         audio=encoder(waveform, num_frames, config.fps),
         track=face_track,
         masks=masks,
-        source=str(video),
+        source=str(video.resolve()),
         source_sha256=sha256_of(Path(video)),
         num_training_frames=num_frames - min(round(config.held_out_s * config.fps), num_frames // 5),
         check={**check, "smoothing": dict(motion.smoothing), "nod_deg": round(math.degrees(nod), 2)},

@@ -65,7 +65,7 @@ class Clip:
     track: FaceTrack
     masks: FaceMasks
     source: str
-    """Path of the video it came from."""
+    """Whole path of the video it came from."""
     source_sha256: str
     num_training_frames: int
     """Frames before this one are for training, the rest is held out."""
