@@ -163,7 +163,7 @@ def track(
         audio=encoder(waveform, num_frames, config.fps),
         track=face_track,
         masks=masks,
-        source=str(video.resolve()),
+        source=str(Path(video).resolve()),
         source_sha256=sha256_of(Path(video)),
         num_training_frames=num_frames - min(round(config.held_out_s * config.fps), num_frames // 5),
         check={**check, "smoothing": dict(motion.smoothing), "nod_deg": round(math.degrees(nod), 2)},
@@ -340,8 +340,9 @@ def _face_track(faces: Faces, motion: HeadMotion, crop: np.ndarray, size: tuple[
     intrinsics[:, 0, 0] = intrinsics[:, 1, 1] = CAMERA_FOCAL
     intrinsics[:, :2, 2] = (maps[:, :, :2] @ middle + maps[:, :, 2]) / crop_px
     intrinsics[:, 2, 2] = 1
-    anchors = motion.project(motion.points(ANCHOR_POINTS), (size[0] / 2, size[1] / 2)) / middle - 1
-    eyes_shut, centre = normalize_blink(faces.eyes_shut), (size[0] / 2, size[1] / 2)
+    centre = (size[0] / 2, size[1] / 2)
+    anchors = motion.project(motion.points(ANCHOR_POINTS), centre) / middle - 1
+    eyes_shut = normalize_blink(faces.eyes_shut)
     blink, gaze = eyes_shut.mean(-1, keepdim=True), eye_gaze(faces.landmarks, motion.project(irises_ahead(motion.face), centre).float())
     brows = torch.stack([motion.project(motion.face[list(points)], centre).float() for points in BROWS], 1)
     return FaceTrack(
