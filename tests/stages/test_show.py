@@ -45,16 +45,26 @@ def test_the_mesh_of_a_ball_is_the_larger_closed_sphere_in_its_place() -> None:
     assert (mesh.visual.vertex_colors == [0, 255, 0, 255]).all()
 
 
-def test_what_no_camera_sees_is_coloured_like_what_is_round_it() -> None:
-    class RedBehind(Ball):
-        def query(self, triplane: Triplane, points: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            density, green = super().query(triplane, points)
-            return density, torch.where(points[..., 2:] < -0.75 * RADIUS, green.roll(1, -1), green)
+class BlueBehind(Ball):
+    """Blue where z is least."""
 
-    mesh = extract_mesh(RedBehind(), TRIPLANE, 32)
+    def query(self, triplane: Triplane, points: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        density, green = super().query(triplane, points)
+        return density, torch.where(points[..., 2:] < -0.75 * RADIUS, green.roll(1, -1), green)
+
+
+def test_what_no_camera_sees_is_coloured_like_what_is_round_it() -> None:
+    mesh = extract_mesh(BlueBehind(), TRIPLANE, 32)
     assert (
         (mesh.vertices[:, 2] < -0.8 * RADIUS).any() and (mesh.visual.vertex_colors[:, 0] == 0).all() and (mesh.visual.vertex_colors[:, 2] < 60).all()
     )
+
+
+def test_cameras_look_where_head_space_lies_in_the_planes() -> None:
+    ball = BlueBehind()
+    ball.renderer_config = RendererConfig(neural_rendering_resolution=32, head_space=(1.0, 0.0, np.pi, 0.0, 0.0, 0.0, 0.0))  # faces look along -z
+    mesh = extract_mesh(ball, TRIPLANE, 32)
+    assert (mesh.visual.vertex_colors[mesh.vertices[:, 2] < -0.9 * RADIUS, 2] > 150).all()
 
 
 def test_a_glb_is_life_size_matte_and_has_the_colours_of_light(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from talk3d.models.avatar import Prior
 from talk3d.models.generator import TriplaneGenerator
 from talk3d.models.renderer import TriplaneRenderer
 from talk3d.models.stylegan2 import resize_to
+from talk3d.ops.compositing import premultiply
 from talk3d.ops.geometry import head_camera, orbit, project
 from talk3d.ops.rays import camera_rays
 from talk3d.types import Camera, Progress, Rendering, Triplane, silent
@@ -151,7 +152,7 @@ def normal_picture(rendering: Rendering, camera: Camera) -> Float[Tensor, "b 3 h
     normal = F.normalize(torch.cross(down, across, dim=1), dim=1)
     axes = camera.cam2world[:, :3, :3] * torch.tensor([1.0, -1.0, -1.0], device=normal.device)  # right, up, backward
     seen = torch.einsum("bij,bihw->bjhw", axes, normal)
-    return (seen + 1) * rendering.raw_alpha - 1
+    return premultiply(seen, rendering.raw_alpha)
 
 
 def _save(picture: UInt8[np.ndarray, "h w 3"], path: Path) -> None:
@@ -267,8 +268,10 @@ def _seen(
     renderer: TriplaneRenderer, triplane: Triplane, points: Float[Tensor, "n 3"], normals: Float[Tensor, "n 3"], yaw: float
 ) -> tuple[Float[Tensor, "n 1"], Float[Tensor, "n 3"]]:
     """Return how squarely a camera looks at points of the surface, 0 where something is in the way, and the colours it sees there."""
-    camera, side = head_camera(torch.tensor([[yaw, 0.0, 0.0]])).to(points.device), 2 * renderer.renderer_config.neural_rendering_resolution
+    config, camera = renderer.renderer_config, head_camera(torch.tensor([[yaw, 0.0, 0.0]])).to(points.device)
+    side = 2 * config.neural_rendering_resolution
     features, alpha, depth = renderer.render_rays(triplane, renderer.rays(camera, side))
+    camera = config.in_planes(camera)  # where the points are
     picture = torch.cat([features[..., :3] / alpha.clamp(min=1e-3), depth], -1).mT.unflatten(2, (side, side))  # b c h w
     place = 2 * project(points[None], camera) - 1  # b n 2
     found = F.grid_sample(picture, place[:, None], align_corners=False)[0, :, 0].T  # n c
