@@ -13,6 +13,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -164,9 +165,7 @@ def quality(avatar: Avatar, baked: BakedAvatar, batch: int, batches: int = 4) ->
 def limit(baked: BakedAvatar, driving: Driving, camera: Camera, device: str) -> dict[str, float]:
     """Return how much arithmetic a baked batch holds and how fast this machine does such arithmetic at best."""
     with FlopCounterMode(display=False) as counter:
-        baked._compute(
-            *(getattr(driving, name) for name in ("audio", "blink", "head_pose", "anchors", "upper_face")), camera.cam2world, camera.intrinsics
-        )
+        baked._compute(*(getattr(driving, part.name) for part in fields(driving)), camera.cam2world, camera.intrinsics)
     side, dtype = (768, torch.float32) if device == "cpu" else (8192, torch.float16)
     square = torch.randn(side, side, dtype=dtype, device=device)
     rate = 2 * side**3 / seconds(lambda: square @ square, device, 5)

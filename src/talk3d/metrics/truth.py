@@ -18,7 +18,7 @@ from torch import Tensor
 
 from talk3d.errors import MediaError, ShapeError
 from talk3d.io.media import read_video, scan_video
-from talk3d.ops.geometry import CAMERA_FOCAL, HEAD_PIVOT, intrinsics_matrix, look_at, project, rotation_from_vector
+from talk3d.ops.geometry import CAMERA_FOCAL, HEAD_PIVOT, intrinsics_matrix, look_at, move_camera, project, rotation_from_vector
 from talk3d.types import Camera, FaceTrack
 
 TRUTH_FILE = "truth.npz"
@@ -92,11 +92,7 @@ class HeadAlignment:
 
     def apply(self, camera: Camera) -> Camera:
         """Move cameras of the truth's head space to the tracked one; their pictures stay the same."""
-        turn = self.rotation.to(camera.cam2world)
-        moved = camera.cam2world.clone()
-        moved[..., :3, :3] = turn @ camera.cam2world[..., :3, :3]
-        moved[..., :3, 3] = self.scale * camera.cam2world[..., :3, 3] @ turn.mT + self.shift.to(moved)
-        return Camera(cam2world=moved, intrinsics=camera.intrinsics)
+        return move_camera(camera, self.scale, self.rotation.to(camera.cam2world), self.shift.to(camera.cam2world))
 
 
 @dataclass(frozen=True, kw_only=True)

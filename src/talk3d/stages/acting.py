@@ -165,16 +165,14 @@ class Actor:
 
     def at(self, frames: Int[Tensor, " b"]) -> Acts:
         """Return what happens at these frames."""
+        performed = ping_pong(frames, len(self.pose))
         if self.follows:
-            pose, anchors, upper_face = (values[ping_pong(frames, len(values))] for values in (self.pose, self.anchors, self.upper_face))
+            pose, anchors, upper_face = (values[performed] for values in (self.pose, self.anchors, self.upper_face))
             return Acts(blink=self._blink(frames), head_pose=pose, anchors=anchors, upper_face=upper_face, turn=torch.zeros_like(pose))
-        if self.scale is not None:
-            turn = self.scale * (self.pose[ping_pong(frames, len(self.pose))] - self.pose.mean(0))
-        else:
-            turn = self.spread * sway(frames, self.fps, self.seed)
+        turn = self.spread * sway(frames, self.fps, self.seed) if self.scale is None else self.scale * (self.pose[performed] - self.pose.mean(0))
         anchors, upper_face = (self.mean_others + turn @ self.gain).split([6, 4], 1)
         if self.scale is not None:
-            upper_face = self.upper_face[ping_pong(frames, len(self.upper_face))]
+            upper_face = self.upper_face[performed]
         else:
             upper_face = upper_face + F.pad(self.brow_spread * sway(frames, self.fps, self.seed + 1)[:, :1], (0, 2))
         return Acts(blink=self._blink(frames), head_pose=self.mean_pose + turn, anchors=anchors, upper_face=upper_face, turn=turn)

@@ -60,14 +60,15 @@ def avatar_sizes(renderer: RendererConfig, audio_channels: int = ConditioningCon
     channels = renderer.plane_channels
     head = 8 * max(1, channels // 6)
     conditioning = ConditioningConfig(audio_channels=audio_channels)
+    near = conditioning.mouth_shapes + 5  # and blink, brows, gaze
     deltaplane = DeltaplaneConfig(
         plane_channels=channels,
         plane_resolution=renderer.plane_resolution,
         plane_axes=renderer.plane_axes,
         widths=(channels, 2 * channels, 2 * head),
         head_width=head,
-        num_bases=conditioning.num_coefficients - (conditioning.mouth_shapes + 5),
-        num_near=conditioning.mouth_shapes + 5,  # and blink, brows, gaze
+        num_bases=conditioning.num_coefficients - near,
+        num_near=near,
     )
     return AvatarConfig(conditioning=conditioning, deltaplane=deltaplane)
 
