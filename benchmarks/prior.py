@@ -14,6 +14,7 @@ import json
 import multiprocessing
 from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
+from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 
 import numpy as np
@@ -100,9 +101,13 @@ def scores(head: Inversion, person: Person, device: str, rays: int) -> tuple[dic
 _state: dict[str, object] = {}
 
 
-def prepare(prior: str, folder: Path, config: InversionConfig, device: str) -> None:
-    """Load what every person needs, once in each process."""
+def prepare(prior: str, folder: Path, config: InversionConfig, device: str, begun: "Synchronized[int]") -> None:
+    """Load what every person needs, once in each process; the processes share all GPUs."""
     torch.set_num_threads(1)
+    with begun:
+        begun.value += 1
+        if device == "cuda":
+            torch.cuda.set_device(begun.value % torch.cuda.device_count())
     loaded = load_prior(prior)
     side = loaded.generator.renderer_config.superresolution.output_side
     _state.update(prior=loaded, people=load_people(folder, side), config=config, device=device)
@@ -171,7 +176,7 @@ def main() -> None:
     facts = {"prior": given.prior, "config": dataclasses.asdict(config), "views": VIEWS}
     results = done_before(given.out, facts)
     context = multiprocessing.get_context("spawn")
-    arguments = (given.prior, given.folder, config, given.device)
+    arguments = (given.prior, given.folder, config, given.device, context.Value("i", 0))
     with ProcessPoolExecutor(given.processes, mp_context=context, initializer=prepare, initargs=arguments) as pool:
         for result, picture in pool.map(measure, range(len(results), given.people)):
             Image.fromarray(picture).save(given.out.with_name(f"{given.out.stem}_{len(results):02d}.png"))
