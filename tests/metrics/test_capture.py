@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from talk3d.io.media import VideoScan
-from talk3d.metrics.capture import FaceMeasures, capture_report
+from talk3d.metrics.capture import FaceMeasures, capture_report, in_step
 from talk3d.types import Waveform
 
 FPS = 25
@@ -128,3 +128,18 @@ def test_a_sampled_video_counts_what_was_looked_at():
     assert (report["frames"], report["looked_frames"], report["missed_frames"]) == (3000, 500, 10)
     assert report["blinks"] == 5
     assert report["series"]["time_s"][-1] == pytest.approx(89.98)
+
+
+@pytest.mark.parametrize(("late_ms", "given_ms", "applied_ms"), [(280, None, 280), (30, None, 0), (280, 0.0, 0), (30, 280.0, 280)])
+def test_sound_that_surely_is_out_of_step_is_moved_unless_a_shift_was_given(late_ms: float, given_ms: float | None, applied_ms: float):
+    """What is surely heard is counted from the sound itself: its ramp says where it was cut."""
+    ramp = Waveform(samples=torch.arange(32000.0), sample_rate_hz=16000)
+
+    def capture(sound: Waveform, *, applied_ms: float) -> dict[str, float]:
+        begins_ms = float(sound.samples[0]) / 16
+        return {"audio_offset_ms": 500 + late_ms - begins_ms, "audio_offset_applied_ms": applied_ms}
+
+    sound, check = in_step(ramp, 0.5, 1.0, given_ms, capture)  # pyright: ignore[reportArgumentType]
+    assert check["audio_offset_applied_ms"] == applied_ms
+    assert float(sound.samples[0]) == 16 * (500 + applied_ms)
+    assert len(sound.samples) == 16000

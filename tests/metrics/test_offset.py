@@ -76,11 +76,18 @@ def test_a_voice_of_another_film_is_never_sure():
         assert not found.sure
 
 
-def test_short_clips_and_shifts_out_of_reach_are_not_sure():
+def test_short_clips_must_be_clear_and_shifts_out_of_reach_are_not_sure():
     short = sound_offset(frames(5), np.arange(125), voice(5, 0.1), FPS)
     assert short is not None
-    assert not short.sure
+    assert short.sure
     assert short.late_s == pytest.approx(0.1, abs=0.02)
+    for seed in range(2, 14):
+        chance = sound_offset(frames(5, seed=1), np.arange(125), voice(5, 0.0, seed), FPS)
+        assert chance is not None
+        assert not chance.sure
+    least = sound_offset(frames(2.9), np.arange(72), voice(2.9, 0.1), FPS)
+    assert least is not None
+    assert not least.sure
     far = sound_offset(frames(16), np.arange(400), voice(16, REACH_S + 0.3), FPS)
     assert far is not None
     assert not far.sure

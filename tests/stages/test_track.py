@@ -194,15 +194,6 @@ def test_sound_is_moved_forward_by_as_much_as_it_is_late(film: Callable[..., Pat
     assert torch.equal(moved.track.landmarks, plain.track.landmarks)
 
 
-def test_sound_is_cut_with_silence_where_there_is_none():
-    ramp = Waveform(samples=torch.arange(10.0), sample_rate_hz=10)
-    assert tracking.cut_sound(ramp, 0.2, 0.5).samples.tolist() == [2, 3, 4, 5, 6]
-    assert tracking.cut_sound(ramp, -0.2, 0.5).samples.tolist() == [0, 0, 0, 1, 2]
-    assert tracking.cut_sound(ramp, 0.8, 0.5).samples.tolist() == [8, 9, 0, 0, 0]
-    assert tracking.cut_sound(ramp, -3, 0.5).samples.tolist() == [0] * 5
-    assert tracking.cut_sound(ramp, 3, 0.5).samples.tolist() == [0] * 5
-
-
 def test_the_report_is_heard_before_the_crops_and_can_stop_the_work(film: Callable[..., Path]):
     heard: list[str] = []
 

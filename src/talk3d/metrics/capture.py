@@ -3,7 +3,7 @@
 Numbers in, one plain dict out, the `Clip.check`; its keys are in `CaptureReport`. Reads no file.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypedDict, cast
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from talk3d.io.media import VideoScan
 from talk3d.metrics.offset import SoundOffset, sound_offset
-from talk3d.metrics.verdict import Line, judge
+from talk3d.metrics.verdict import LATE_MS, Line, judge
 from talk3d.perception.identity import compare_shots
 from talk3d.perception.landmarks import LEFT_EYE_CORNERS, RIGHT_EYE_CORNERS, mouth_opening
 from talk3d.types import Waveform
@@ -178,6 +178,27 @@ def capture_report(
     verdict: Verdict = "refuse" if "refuse" in judgements else "usable with warnings" if "warning" in judgements else "ok"
     warnings = [f"{line['found']}: {line['advice']}" for line in lines if line["judgement"] != "ok"]
     return cast(CaptureReport, {"verdict": verdict, "lines": lines, "warnings": warnings, **report})
+
+
+def in_step(
+    waveform: Waveform, start_s: float, length_s: float, late_ms: float | None, capture: Callable[..., CaptureReport]
+) -> tuple[Waveform, CaptureReport]:
+    """Return the sound of a span of the video, moved by as much as it is late, and what the capture check says of it then.
+
+    Args:
+        waveform: of the whole video.
+        start_s: where the span begins.
+        length_s: how long it is.
+        late_ms: how late the sound comes; None measures it, and moves the sound if it surely is further than `LATE_MS` out of step.
+        capture: `capture_report`, given everything but the sound.
+    """
+    applied_ms = late_ms or 0.0
+    sound = waveform.cut(start_s + applied_ms / 1000, length_s)
+    check = capture(sound, applied_ms=applied_ms)
+    found_ms = check.get("audio_offset_ms") or 0.0
+    if late_ms is None and abs(found_ms) > LATE_MS:
+        return in_step(waveform, start_s, length_s, found_ms, capture)
+    return sound, check
 
 
 def _picture(scan: VideoScan, cuts: tuple[int, ...], start: int, num_frames: int) -> dict[str, Any]:

@@ -27,8 +27,14 @@ SYLLABLES_HZ = (1.0, 8.0)
 """How fast lips move when they speak."""
 BLOCK_S = 2.0
 """Pieces of the clip that are drawn as a whole."""
-LEAST_S = 8.0
+LEAST_S = 3.0
 """Shorter clips are never sure."""
+SHORT_S = 8.0
+"""In clips shorter than this, lips and loudness must agree by more than by chance: a correlation of `CLEAR` over the root of the length in seconds.
+
+Measured on pieces of 3 to 7 s of two films: 214 of 400 were sure, all within 80 ms of the whole film's shift; of 199 with sound from elsewhere,
+none."""
+CLEAR = 1.2
 NUM_DRAWS = 200
 NOSE_BRIDGE, CHIN = 168, 152
 
@@ -83,7 +89,9 @@ def sound_offset(
     low, high = np.quantile(peaks, [1 / 6, 5 / 6])
     agreement = float(np.mean(np.abs(peaks - late_s) < 0.06))
     inside = abs(late_s) < REACH_S - 2 * LAG_S
-    sure = len(mouth) >= LEAST_S * fps and agreement >= 0.95 and curve.max() > 0.15 and inside
+    length_s = len(mouth) / fps
+    clear = curve.max() > (0.15 if length_s >= SHORT_S else CLEAR / length_s**0.5)
+    sure = length_s >= LEAST_S and agreement >= 0.95 and clear and inside
     return SoundOffset(
         late_s=late_s,
         spread_s=float(high - low) / 2,

@@ -153,9 +153,11 @@ def _judge_offset(report: Mapping[str, Any]) -> Line:
     late, guess = report["audio_offset_ms"], report["audio_offset_guess_ms"]
     if guess is None:
         return _line("sound and lips", "cannot be compared: sound or lips do not move")
-    comes = f"the sound comes {abs(guess):.0f} ms {'late' if guess > 0 else 'early'}"
+    applied = report["audio_offset_applied_ms"]
+    moved = f", moved by {applied:.0f} ms as it is" if applied else ""
+    comes = f"the sound comes {abs(guess):.0f} ms {'late' if guess > 0 else 'early'}{moved}"
     if late is None:
         unfit = "sound and lips hardly fit together; see that the person in view is the one who is heard"
         return _line("sound and lips", f"not sure; perhaps {comes}", (report["length_s"] >= SHORT_S, "warning", unfit))
-    mend = f"mend it with --audio-offset-ms {late + report['audio_offset_applied_ms']:.0f} (build: --track.audio-offset-ms)"
+    mend = f"mend it with --audio-offset-ms {late + applied:.0f} (build: --track.audio-offset-ms)"
     return _line("sound and lips", f"{comes} (± {max(report['audio_offset_spread_ms'], 10):.0f} ms)", (abs(late) > LATE_MS, "warning", mend))

@@ -19,7 +19,7 @@ from talk3d.perception.facetemplate import load_template
 from talk3d.perception.headpose import solve_head_pose
 from talk3d.perception.landmarks import FaceModel, load_face_model
 from talk3d.perception.speech import SAMPLE_RATE_HZ
-from talk3d.stages.track import TrackConfig, cut_sound, find_faces, measures
+from talk3d.stages.track import TrackConfig, find_faces, measures
 from talk3d.types import Progress, Waveform, silent
 
 
@@ -65,7 +65,7 @@ def check(video: Path | str, config: CheckConfig = CheckConfig(), *, face_model:
     face: FaceMeasures | None = None
     cuts = scan.cuts
     try:
-        waveform = cut_sound(read_audio(video, SAMPLE_RATE_HZ), config.audio_offset_ms / 1000, scan.num_frames / scan.fps)
+        waveform = read_audio(video, SAMPLE_RATE_HZ).cut(config.audio_offset_ms / 1000, scan.num_frames / scan.fps)
     except MediaError as error:
         problems.append(_refusal("sound", str(error)))
     try:

@@ -8,6 +8,7 @@ import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +24,7 @@ from talk3d.io.catalogue import sha256_of
 from talk3d.io.media import VideoScan, read_audio, read_video, scan_video
 from talk3d.io.timeline import shot_starts
 from talk3d.io.weights import load_prior
-from talk3d.metrics.capture import CaptureReport, FaceMeasures, capture_report
+from talk3d.metrics.capture import CaptureReport, FaceMeasures, capture_report, in_step
 from talk3d.ops.geometry import CAMERA_FOCAL, HEAD_PIVOT, view_angles
 from talk3d.perception.alignment import FaceViews, refine_motion
 from talk3d.perception.facetemplate import FaceTemplate, load_template
@@ -46,7 +47,7 @@ from talk3d.perception.nod import choose_views, find_nod
 from talk3d.perception.parsing import BiSeNetParser, FaceParser, SelfieMatting, steady_mattes
 from talk3d.perception.regions import OutlineParser
 from talk3d.perception.speech import PUBLISHED_FPS, SAMPLE_RATE_HZ, SpeechKind, load_speech
-from talk3d.types import Camera, Clip, FaceMasks, FaceTrack, Progress, Waveform, silent
+from talk3d.types import Camera, Clip, FaceMasks, FaceTrack, Progress, silent
 
 ANCHOR_POINTS = (168, 263, 33)
 """Nose bridge, outer corners of the left and the right eye."""
@@ -68,8 +69,8 @@ class TrackConfig:
     """Longest time without a face that is bridged; a longer one ends the stretch that is used."""
     min_length_s: float = 1.0
     """Shortest stretch with a face that makes a clip."""
-    audio_offset_ms: float = 0.0
-    """How late the sound of the video comes, as `talk3d check` measured it: it is moved forward by this much."""
+    audio_offset_ms: float | None = None
+    """How late the sound of the video comes: it is moved forward by this much. None measures it, and moves what surely is out of step."""
     parsing: Literal["outlines", "bisenet"] = "outlines"
     """What tells the parts of the face (skin, hair, lips, eyes, clothes …) apart: face points and colours, or bisenet of `talk3d weights`, slow."""
     speech: SpeechKind = "logmel"
@@ -88,7 +89,7 @@ class TrackConfig:
                 f"track needs lengths in seconds that are not negative, got held out {self.held_out_s}, gap {self.max_gap_s}, "
                 f"shortest {self.min_length_s}: leave them out for good ones"
             )
-        if not abs(self.audio_offset_ms) <= 10_000:
+        if not abs(self.audio_offset_ms or 0) <= 10_000:
             raise ConfigError(f"track moves sound by at most 10 s, got {self.audio_offset_ms} ms: give the milliseconds that `talk3d check` names")
 
 
@@ -145,9 +146,9 @@ def track(
     size = (scan.width_px, scan.height_px)
     faces, cuts, motion = _find_motion(scan, model, load_template(model.kind), config, progress)
     num_frames = len(faces.landmarks)
-    waveform = cut_sound(waveform, faces.start / config.fps + config.audio_offset_ms / 1000, num_frames / config.fps)
     face = measures(faces, np.arange(num_frames), motion, model)
-    check = capture_report(scan, face, waveform, cuts=cuts, start=faces.start, num_frames=num_frames, applied_ms=config.audio_offset_ms)
+    capture = partial(capture_report, scan, face, cuts=cuts, start=faces.start, num_frames=num_frames)
+    sound, check = in_step(waveform, faces.start / config.fps, num_frames / config.fps, config.audio_offset_ms, capture)
     review(check)
     faces = replace(faces, landmarks=correct_lips(faces.landmarks, model.kind))  # pose and measures are made for points as networks give them
     crop = _crop_maps(motion, size, config.size_px)
@@ -159,8 +160,8 @@ def track(
     return Clip(
         frames=frames,
         fps=config.fps,
-        waveform=waveform,
-        audio=encoder(waveform, num_frames, config.fps),
+        waveform=sound,
+        audio=encoder(sound, num_frames, config.fps),
         track=face_track,
         masks=masks,
         source=str(Path(video).resolve()),
@@ -366,15 +367,6 @@ def _nod_seen(face_track: FaceTrack, frames: np.ndarray, masks: FaceMasks) -> fl
     image = torch.from_numpy(frames[chosen.numpy()]).permute(0, 3, 1, 2) / 127.5 - 1  # k c h w
     matte = torch.from_numpy(masks.person[chosen.numpy()])[:, None] / 255
     return find_nod(load_prior(), image, matte, face_track.cameras[chosen])
-
-
-def cut_sound(waveform: Waveform, start_s: float, length_s: float) -> Waveform:
-    """The sound of this span of time, silence where there is none."""
-    rate = waveform.sample_rate_hz
-    first, last = round(start_s * rate), round((start_s + length_s) * rate)
-    samples = waveform.samples[max(first, 0) : max(last, 0)]
-    before = min(max(-first, 0), last - first)
-    return Waveform(samples=torch.nn.functional.pad(samples, (before, last - first - before - len(samples))), sample_rate_hz=rate)
 
 
 def measures(faces: Faces, frames: np.ndarray, motion: HeadMotion, model: FaceModel) -> FaceMeasures:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -19,6 +20,13 @@ class Waveform:
     def duration_s(self) -> float:
         """Length in seconds."""
         return self.samples.shape[0] / self.sample_rate_hz
+
+    def cut(self, start_s: float, length_s: float) -> "Waveform":
+        """The sound of this span of time, silence where there is none."""
+        first, last = round(start_s * self.sample_rate_hz), round((start_s + length_s) * self.sample_rate_hz)
+        samples = self.samples[max(first, 0) : max(last, 0)]
+        before = min(max(-first, 0), last - first)
+        return Waveform(samples=F.pad(samples, (before, last - first - before - len(samples))), sample_rate_hz=self.sample_rate_hz)
 
 
 @dataclass(frozen=True, kw_only=True)
