@@ -56,6 +56,8 @@ class Row:
     """Tracks that are put at their mean of the training part, in training and in evaluation: those tokens then say nothing."""
     blank_prior: bool = False
     """Start from a generator that never saw a head."""
+    seed: int = 0
+    """Of training."""
 
 
 ROWS = {
@@ -69,14 +71,19 @@ ROWS = {
     "no-place": Row(question="tokens: without the place in the picture", still=("anchors",)),
     "sound-alone": Row(question="tokens: nothing but the sound", still=("blink", "upper_face", "head_pose", "anchors")),
     "no-dropping": Row(question="tokens: none is ever dropped in training", conditioning={"drop_rate": 0.0}),
-    "no-structure": Row(question="losses: without the structural (SSIM) term", train={"weights.structure": 0.0}),
-    "no-lips": Row(question="losses: without the lip reader's term", train={"weights.lips": 0.0}),
+    "structure": Row(question="losses: with the structural (SSIM) term", train={"weights.structure": 0.5}),
+    "lips": Row(question="losses: with the lip reader's term", train={"weights.lips": 0.3}),
     "perceptual": Row(question="losses: with LPIPS (needs lpips-vgg or lpips-alex)", train={"weights.perceptual": 0.1}),
     "no-mouth-emphasis": Row(question="losses: the mouth counts like the face", train={"mouth_emphasis": 3.0}),
+    "usual-frames": Row(question="draws: all frames alike", train={"unusual_frames": 0.0}),
+    "heard-mouth": Row(question="draws: the bases see what is heard alone", train={"tracked_mouth": 0.0}),
+    "four-frames": Row(question="draws: four frames a step, twice the work", train={"frames_per_step": 4}),
+    "fewer-rays": Row(question="rays: 96 a side", train={"rays": 96}),
     "no-prior": Row(question="prior: a generator that never saw a head", blank_prior=True),
     "no-tuning": Row(question="tuning: the code alone, no pivotal tuning", personalize={"tuning_steps": 1}),
     "no-locality": Row(question="tuning: without the locality term", personalize={"locality_weight": 0.0}),
     "fixed-renderer": Row(question="tuning: decoder and planes stay as personalised", train={"renderer_rate": 0.0, "identity_rate": 0.0}),
+    "chance": Row(question="everything as shipped, another seed", seed=1),
 }
 
 
@@ -145,7 +152,7 @@ def run(name: str, clip_path: Path, out: Path, settings: Mapping[str, Any], *, t
     plain = training.avatar_sizes
     training.avatar_sizes = sizes(row, plain)
     try:
-        avatar = train(person, heard, learning, device=device, progress=say)
+        avatar = train(person, heard, learning, device=device, seed=row.seed, progress=say)
     finally:
         training.avatar_sizes = plain
     seconds = time.perf_counter() - begun

@@ -10,8 +10,9 @@ import torch
 from talk3d.errors import ConfigError
 from talk3d.metrics.image import ssim
 from talk3d.models.avatar import Avatar, PersonalizedGenerator, Prior
-from talk3d.stages.lesson import Lesson, LessonConfig, LossWeights, structure_loss
+from talk3d.stages.lesson import Lesson, LessonConfig, LossWeights, lids_brows_gaze, structure_loss
 from talk3d.stages.train import TrainConfig, train
+from talk3d.training.losses import unusual
 from talk3d.types import Clip
 
 QUICK = LessonConfig(steps=4, listening_steps=1, listening_frames=4, reading_steps=2, weights=LossWeights(structure=0.3, lips=0.02))
@@ -38,7 +39,7 @@ def test_terms_are_named_and_a_weight_of_zero_leaves_one_out(avatar: Avatar, cli
     assert found.keys() - bare.keys() == {"structure", "lips", "detail"}
     with pytest.raises(ConfigError, match="cannot be negative"):
         LossWeights(image=-1.0)
-    for share in ({"tracked_mouth": 1.5}, {"unusual_mouths": -0.1}):
+    for share in ({"tracked_mouth": 1.5}, {"unusual_frames": -0.1}):
         with pytest.raises(ConfigError, match="a share"):
             LessonConfig(**share)
 
@@ -73,14 +74,26 @@ def test_the_ear_learns_by_listening_and_then_stays_as_it_is(avatar: Avatar, cli
     assert all(before[name].equal(listened[name]) for name in before if name not in ear)
 
 
-def test_unusual_mouths_are_drawn_as_often_as_asked(avatar: Avatar, clip: Clip) -> None:
+def test_unusual_frames_are_drawn_as_often_as_asked(avatar: Avatar, clip: Clip) -> None:
     chances = [
-        Lesson(copy.deepcopy(avatar), clip, replace(QUICK, unusual_mouths=share), num_frames=9, device="cpu", seed=0).chances
+        Lesson(copy.deepcopy(avatar), clip, replace(QUICK, unusual_frames=share), num_frames=9, device="cpu", seed=0).chances
         for share in (0.0, 1.0, 0.5)
     ]
     torch.testing.assert_close(chances[0], torch.full((9,), 1 / 9))
     torch.testing.assert_close(chances[2], (chances[0] + chances[1]) / 2)
     assert chances[1].max() > chances[1].min()
+
+
+def test_frames_of_shut_eyes_are_unusual() -> None:
+    shut = torch.zeros(100, dtype=torch.bool)
+    shut[[40, 41, 70]] = True
+    brows = 0.1 * torch.randn(100, 4, generator=torch.Generator().manual_seed(0))
+    values = lids_brows_gaze(shut.float()[:, None], brows)
+    torch.testing.assert_close(values.std(0, correction=0), torch.ones(5))
+    chances = unusual(values, num_components=5)
+    assert chances[shut].min() > chances[~shut].mean() * 3
+    still = lids_brows_gaze(torch.zeros(100, 1), torch.zeros(100, 4))
+    torch.testing.assert_close(unusual(still, num_components=5), torch.full((100,), 0.01))
 
 
 def test_the_bases_see_the_tracked_mouth_as_often_as_asked(avatar: Avatar, clip: Clip) -> None:

@@ -100,8 +100,9 @@ class LessonConfig:
     """How much more a pixel of the face counts."""
     audio_noise: float = 0.3
     """Standard deviation of the noise on speech features, in their units."""
-    unusual_mouths: float = 0.5
-    """Share of draws that prefer frames whose mouth is unlike that of most others: wide open mouths are few."""
+    unusual_frames: float = 0.5
+    """Share of draws that prefer frames whose mouth, or whose lids, brows and gaze, are unlike those of most others: wide open mouths and shut
+    eyes are few."""
     tracked_mouth: float = 0.7
     """Share of draws in which the linear bases see the tracked mouth instead of what is heard: errors of hearing would shrink the lips' motion."""
     average_decay: float = 0.99
@@ -113,7 +114,7 @@ class LessonConfig:
         """Refuse numbers that cannot work."""
         if min(self.steps, self.frames_per_step) < 1:
             raise ConfigError("train needs at least 1 step and 1 frame a step: give positive numbers")
-        for name in ("tracked_mouth", "unusual_mouths"):
+        for name in ("tracked_mouth", "unusual_frames"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} is a share, got {getattr(self, name)}: give a number from 0 to 1")
 
@@ -136,7 +137,8 @@ class Lesson:
         self.perceptual = _if_there(lambda: load_lpips(device=device)) if config.weights.perceptual else None
         self.average = Average(avatar, config.average_decay)
         self.modules: dict[str, nn.Module] = {"avatar": avatar, "average": self.average.module, "reader": self.reader}
-        self.chances = torch.lerp(torch.full((num_frames,), 1 / num_frames), unusual(shapes.values[:num_frames]), config.unusual_mouths)
+        seldom = (unusual(shapes.values[:num_frames]) + unusual(lids_brows_gaze(track.blink, track.upper_face)[:num_frames], num_components=5)) / 2
+        self.chances = torch.lerp(torch.full((num_frames,), 1 / num_frames), seldom, config.unusual_frames)
         near = avatar.predictor.near
         self.ear = avatar.conditioner.ear().requires_grad_(False)
         others = [part for part in [*avatar.conditioner.parameters(), *avatar.predictor.parameters()] if part.requires_grad and part is not near]
@@ -238,6 +240,12 @@ class Lesson:
         true = self.clip.driving(index)
         noise = torch.randn(true.audio.shape, generator=self.generators["choice"])
         return dataclasses.replace(true, audio=true.audio + self.config.audio_noise * noise).to(self.device)
+
+
+def lids_brows_gaze(blink: Float[Tensor, "t 1"], upper_face: Float[Tensor, "t 4"]) -> Float[Tensor, "t 5"]:
+    """Lids, brows and gaze of every frame, standardised."""
+    values = torch.cat([blink, upper_face], 1).float()
+    return (values - values.mean(0)) / values.std(0, correction=0).clamp(min=1e-6)
 
 
 def structure_loss(image: Float[Tensor, "b 3 h w"], target: Float[Tensor, "b 3 h w"], weight: Float[Tensor, "b 1 h w"]) -> Float[Tensor, ""]:
