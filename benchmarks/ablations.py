@@ -71,7 +71,7 @@ ROWS = {
     "no-place": Row(question="tokens: without the place in the picture", still=("anchors",)),
     "sound-alone": Row(question="tokens: nothing but the sound", still=("blink", "upper_face", "head_pose", "anchors")),
     "no-dropping": Row(question="tokens: none is ever dropped in training", conditioning={"drop_rate": 0.0}),
-    "structure": Row(question="losses: with the structural (SSIM) term", train={"weights.structure": 0.5}),
+    "no-structure": Row(question="losses: without the structural (SSIM) term", train={"weights.structure": 0.0}),
     "lips": Row(question="losses: with the lip reader's term", train={"weights.lips": 0.3}),
     "perceptual": Row(question="losses: with LPIPS (needs lpips-vgg or lpips-alex)", train={"weights.perceptual": 0.1}),
     "no-mouth-emphasis": Row(question="losses: the mouth counts like the face", train={"mouth_emphasis": 3.0}),

@@ -49,7 +49,7 @@ class LossWeights:
     """L1 of the matte."""
     raw: float = 0.5
     """L1 of the picture before super-resolution."""
-    structure: float = 0.0
+    structure: float = 0.5
     """1 - SSIM of the full picture: our offline perceptual term."""
     lips: float = 0.0
     """Mean square difference of what a lip reader, taught on the clip, reads off rendered and filmed mouths: our offline lip-sync term."""
