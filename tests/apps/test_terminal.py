@@ -1,5 +1,7 @@
 import io
 import logging
+import tomllib
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -98,6 +100,17 @@ def test_everything_is_looked_at(capsys: pytest.CaptureFixture[str]) -> None:
 def test_missing_packages_are_said_to_be_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(terminal, "PACKAGES", ("numpy", "no-such-package"))
     assert "no-such-package missing" in dict(terminal.examine())["packages"]
+
+
+def test_extras_are_there_or_how_to_get_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(terminal, "EXTRAS", {"mesh": ("numpy",), "onnx": ("numpy", "no-such-package")})
+    assert dict(terminal.examine())["extras"] == "mesh there; onnx not there: pip install 'talk3d[onnx]'"
+
+
+def test_every_extra_is_examined_with_its_packages() -> None:
+    text = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
+    extras = {name: given for name, given in tomllib.loads(text)["project"]["optional-dependencies"].items() if name != "dev"}
+    assert {name: tuple(package.partition(">=")[0] for package in given) for name, given in extras.items()} == terminal.EXTRAS
 
 
 def test_unwanted_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -187,7 +187,7 @@ def test_a_long_gap_ends_the_stretch_that_is_used(film: Callable[..., Path]):
 
 def test_sound_is_moved_forward_by_as_much_as_it_is_late(film: Callable[..., Path]):
     path = film(lambda frames: frames[:30])
-    plain, moved = (tracking.track(path, tracking.TrackConfig(audio_offset_ms=late)) for late in (0.0, 200.0))
+    plain, moved = (tracking.track(str(path), tracking.TrackConfig(audio_offset_ms=late)) for late in (0.0, 200.0))
     assert torch.equal(moved.waveform.samples[:12000], plain.waveform.samples[3200:15200])
     assert moved.waveform.samples.shape == plain.waveform.samples.shape
     assert moved.check["audio_offset_applied_ms"] == 200

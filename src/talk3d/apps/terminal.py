@@ -161,7 +161,8 @@ def print_table(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]
     (console or Console()).print(table)
 
 
-PACKAGES = ("numpy", "scipy", "av", "safetensors", "ai-edge-litert", "torchmetrics", "jaxtyping", "tyro", "rich", "transformers")
+PACKAGES = ("numpy", "scipy", "av", "safetensors", "ai-edge-litert", "torchmetrics", "jaxtyping", "tyro", "rich")
+EXTRAS = {"mesh": ("scikit-image", "trimesh"), "onnx": ("onnx", "onnxscript"), "speech": ("transformers",), "tensorboard": ("tensorboard",)}
 UNWANTED = ("torchvision", "torchaudio")
 
 
@@ -177,6 +178,7 @@ def examine() -> list[tuple[str, str]]:
         ("torch", _torch()),
         ("device for --device auto", _device()),
         ("packages", ", ".join(f"{name} {_version(name)}" for name in PACKAGES)),
+        ("extras", "; ".join(_extra(name) for name in EXTRAS)),
         ("video encoders", _encoders()),
         ("face landmarks, better", _task()),
         ("face landmarks, offline", _registry_models()),
@@ -191,6 +193,11 @@ def _version(name: str) -> str:
         return version(name)
     except PackageNotFoundError:
         return "missing"
+
+
+def _extra(name: str) -> str:
+    missing = [package for package in EXTRAS[name] if _version(package) == "missing"]
+    return f"{name} not there: pip install 'talk3d[{name}]'" if missing else f"{name} there"
 
 
 def _torch() -> str:
