@@ -193,6 +193,19 @@ def test_what_was_never_uncovered_continues_smoothly(clip_of: Callable[..., Clip
     assert found.diff(dim=-1).abs().max() < 0.35
 
 
+def test_what_was_seldom_uncovered_leaves_no_seam(clip_of: Callable[..., Clip]) -> None:
+    """The wall is brighter in the one frame of ten that shows a ring round the head: its mean would jump by 0.7 from pixel to pixel."""
+    masks = np.concatenate([discs(64, [(32, 32)] * 9, 20), discs(64, [(32, 32)], 12)])
+    wall = np.full((10, 64, 64, 3), 100, np.uint8)
+    wall[9] = 200
+    frames = np.where(masks[..., None] > 0, np.uint8(250), wall).astype(np.uint8)
+    clip = clip_of(10, 64, frames=frames, masks=FaceMasks(person=masks, source="test"), num_training_frames=10)
+    found = background_plate(clip)
+    torch.testing.assert_close(found[:, :6], torch.full((3, 6, 64), 110 / 127.5 - 1))
+    assert found[0, 32, 12] > 0.3
+    assert found.diff(dim=-1).abs().max() < 0.3
+
+
 def test_a_person_who_fills_the_picture_has_a_grey_wall(clip_of: Callable[..., Clip]) -> None:
     found = background_plate(scene(clip_of, np.full((32, 32, 3), 9, np.uint8), np.full((3, 32, 32), 255, np.uint8)))
     assert found.eq(0).all()
