@@ -79,9 +79,19 @@ def test_warnings_of_the_package_are_shown_once() -> None:
 def test_findings_are_shown_as_notes() -> None:
     sink = io.StringIO()
     with Display(Console(file=sink, width=200)):
-        note_findings({"landmarks": "the package registry", "warnings": ["the sound is quiet"]})
+        note_findings({"landmarks": "the package registry", "warnings": ["the sound is quiet"], "audio_offset_applied_ms": 0.0})
         note_findings({})
     assert sink.getvalue().splitlines() == ["note: the face points come from the package registry", "note: the sound is quiet"]
+
+
+@pytest.mark.parametrize(("applied_ms", "said"), [(291.9, "moved forward by 292 ms"), (-265.0, "moved back by 265 ms")])
+def test_sound_that_was_moved_is_noted_with_how_to_leave_it(applied_ms: float, said: str) -> None:
+    sink = io.StringIO()
+    with Display(Console(file=sink, width=200)):
+        note_findings({"audio_offset_applied_ms": applied_ms, "warnings": []})
+    (line,) = sink.getvalue().splitlines()
+    assert said in line
+    assert "--audio-offset-ms 0 " in line
 
 
 def test_tables_hold_their_cells(capsys: pytest.CaptureFixture[str]) -> None:

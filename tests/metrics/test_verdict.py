@@ -76,8 +76,18 @@ def test_what_was_not_measured_is_not_judged():
         ({"audio_rms_db": -50.0}, "sound", "warning", "quiet"),
         ({"clipped_share": 0.1}, "sound", "warning", "clipped"),
         ({"noise_db": -30.0}, "sound", "warning", "noise"),
-        ({"audio_offset_ms": 200.0, "audio_offset_guess_ms": 200.0}, "sound and lips", "warning", "200 ms late"),
-        ({"audio_offset_ms": 70.0, "audio_offset_guess_ms": 70.0, "audio_offset_applied_ms": 120.0}, "sound and lips", "warning", "moved by 120 ms"),
+        (
+            {"audio_offset_ms": 200.0, "audio_offset_guess_ms": 200.0},
+            "sound and lips",
+            "warning",
+            "200 ms late (± 10 ms): left to themselves, track and build",
+        ),
+        (
+            {"audio_offset_ms": 70.0, "audio_offset_guess_ms": 70.0, "audio_offset_applied_ms": 120.0},
+            "sound and lips",
+            "warning",
+            "moved forward by 120 ms, the sound comes 70 ms late",
+        ),
         ({"audio_offset_ms": None, "audio_offset_guess_ms": 90.0}, "sound and lips", "warning", "not sure"),
     ],
 )

@@ -147,6 +147,11 @@ def note_findings(check: Mapping[str, Any]) -> None:
     """
     if "landmarks" in check:
         logger.warning("the face points come from %s", check["landmarks"])
+    if moved := check.get("audio_offset_applied_ms"):
+        way = "forward" if moved > 0 else "back"
+        logger.warning(
+            "the sound is moved %s by %.0f ms to fit the lips: --audio-offset-ms 0 (build: --track.audio-offset-ms 0) leaves it", way, abs(moved)
+        )
     for warning in check.get("warnings", ()):
         logger.warning("%s", warning)
 

@@ -154,10 +154,12 @@ def _judge_offset(report: Mapping[str, Any]) -> Line:
     if guess is None:
         return _line("sound and lips", "cannot be compared: sound or lips do not move")
     applied = report["audio_offset_applied_ms"]
-    moved = f", moved by {applied:.0f} ms as it is" if applied else ""
-    comes = f"the sound comes {abs(guess):.0f} ms {'late' if guess > 0 else 'early'}{moved}"
+    moved = f"moved {'forward' if applied > 0 else 'back'} by {abs(applied):.0f} ms, " if applied else ""
+    comes = f"the sound comes {abs(guess):.0f} ms {'late' if guess > 0 else 'early'}"
     if late is None:
         unfit = "sound and lips hardly fit together; see that the person in view is the one who is heard"
-        return _line("sound and lips", f"not sure; perhaps {comes}", (report["length_s"] >= SHORT_S, "warning", unfit))
+        return _line("sound and lips", f"{moved}not sure; perhaps {comes}", (report["length_s"] >= SHORT_S, "warning", unfit))
     mend = f"mend it with --audio-offset-ms {late + applied:.0f} (build: --track.audio-offset-ms)"
-    return _line("sound and lips", f"{comes} (± {max(report['audio_offset_spread_ms'], 10):.0f} ms)", (abs(late) > LATE_MS, "warning", mend))
+    mend = mend if applied else f"left to themselves, track and build move it; or {mend}"
+    found = f"{moved}{comes} (± {max(report['audio_offset_spread_ms'], 10):.0f} ms)"
+    return _line("sound and lips", found, (abs(late) > LATE_MS, "warning", mend))
