@@ -101,7 +101,7 @@ class CaptureReport(TypedDict, total=False):
     audio_offset_spread_ms: float | None
     """Half the range of two thirds of the guesses from parts of the video."""
     audio_offset_agreement: float
-    """Share of the guesses from parts of the video that are within 60 ms; sure from 0.95 on, if there are 8 s or more."""
+    """Share of the guesses from parts of the video that are within 60 ms; never sure below 0.95, nor in less than 3 s (see `metrics.offset`)."""
     audio_offset_applied_ms: float
     """By how much the sound was moved forward before any of this was measured."""
     nod_deg: float
