@@ -84,6 +84,16 @@ def test_unusual_frames_are_drawn_as_often_as_asked(avatar: Avatar, clip: Clip) 
     assert chances[1].max() > chances[1].min()
 
 
+def test_what_is_drawn_does_not_depend_on_held_out_eyes_and_brows(avatar: Avatar, clip: Clip) -> None:
+    track = replace(clip.track, blink=clip.track.blink.clone(), upper_face=clip.track.upper_face.clone())
+    track.blink[clip.num_training_frames :], track.upper_face[clip.num_training_frames :] = 9.0, -9.0
+    assert clip.num_training_frames < clip.num_frames
+    one, other = (
+        Lesson(copy.deepcopy(avatar), given, QUICK, num_frames=9, device="cpu", seed=0).chances for given in (clip, replace(clip, track=track))
+    )
+    assert one.equal(other)
+
+
 def test_frames_of_shut_eyes_are_unusual() -> None:
     shut = torch.zeros(100, dtype=torch.bool)
     shut[[40, 41, 70]] = True

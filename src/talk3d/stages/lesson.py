@@ -137,7 +137,8 @@ class Lesson:
         self.perceptual = _if_there(lambda: load_lpips(device=device)) if config.weights.perceptual else None
         self.average = Average(avatar, config.average_decay)
         self.modules: dict[str, nn.Module] = {"avatar": avatar, "average": self.average.module, "reader": self.reader}
-        seldom = (unusual(shapes.values[:num_frames]) + unusual(lids_brows_gaze(track.blink, track.upper_face)[:num_frames], num_components=5)) / 2
+        eyes = lids_brows_gaze(track.blink[used], track.upper_face[used])
+        seldom = (unusual(shapes.values[:num_frames]) + unusual(eyes[:num_frames], num_components=5)) / 2
         self.chances = torch.lerp(torch.full((num_frames,), 1 / num_frames), seldom, config.unusual_frames)
         near = avatar.predictor.near
         self.ear = avatar.conditioner.ear().requires_grad_(False)

@@ -152,13 +152,13 @@ def mouth_shapes(landmarks: Float[Tensor, "t n 2"], head_pose: Float[Tensor, "t 
 
 
 def unusual(values: Float[Tensor, "t k"], num_components: int = 3, neighbours: int = 20, most: int = 2000) -> Float[Tensor, " t"]:
-    """Return chances of frames that are the greater the fewer mouths are like theirs; they sum to 1.
+    """Return chances of frames that are the greater the fewer mouths (or lids, brows and gazes) are like theirs; they sum to 1.
 
     Frames of a mouth that is one of many are drawn about as often in all as those of a mouth that is seldom seen: the chance goes by the area
     that holds a frame's nearest neighbours, among `most` frames at the most.
 
     Args:
-        values: standardised components of the mouth.
+        values: standardised components of the mouth, or lids, brows and gaze.
         num_components: the first ones, which are looked at.
         neighbours: how many neighbours.
         most: frames to look for neighbours in.
