@@ -49,9 +49,13 @@ def test_every_ablation_changes_a_setting_that_exists_and_the_table_shows_what_w
     spec.loader.exec_module(module)
     plain = module.training.avatar_sizes
     for name, row in module.ROWS.items():
-        module.changed(module.PersonalizeConfig(), row.personalize)
-        sizes = module.sizes(row, plain)(BUILTIN256.renderer)
-        assert name == "default" or sizes != plain(BUILTIN256.renderer) or row.personalize or row.train or row.still or row.blank_prior
+        same = (
+            module.changed(module.PersonalizeConfig(), row.personalize) == module.PersonalizeConfig(),
+            module.changed(module.TrainConfig(), row.train) == module.TrainConfig(),
+            module.sizes(row, plain)(BUILTIN256.renderer) == plain(BUILTIN256.renderer),
+            not (row.still or row.blank_prior or row.seed),
+        )
+        assert all(same) == (name == "default"), name
     assert module.changed(module.TrainConfig(), {"steps": 7}).steps == 7
     with pytest.raises(SystemExit, match="no setting 'steeps'"):
         module.changed(module.TrainConfig(), {"steeps": 7})
