@@ -37,6 +37,8 @@ MEASURES = (
     *("orbit_likeness", "novel_psnr", "silence_motion_made", "render_time"),
 )
 """Columns of the table."""
+STAGES = ("personalize", "train", "evaluate")
+"""What `--set` may change."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +75,7 @@ ROWS = {
     "no-dropping": Row(question="tokens: none is ever dropped in training", conditioning={"drop_rate": 0.0}),
     "no-structure": Row(question="losses: without the structural (SSIM) term", train={"weights.structure": 0.0}),
     "lips": Row(question="losses: with the lip reader's term", train={"weights.lips": 0.3}),
-    "perceptual": Row(question="losses: with LPIPS (needs lpips-vgg or lpips-alex)", train={"weights.perceptual": 0.1}),
+    "perceptual": Row(question="losses: with LPIPS (needs lpips-alex)", train={"weights.perceptual": 0.1}),
     "no-mouth-emphasis": Row(question="losses: the mouth counts like the face", train={"mouth_emphasis": 3.0}),
     "usual-frames": Row(question="draws: all frames alike", train={"unusual_frames": 0.0}),
     "heard-mouth": Row(question="draws: the bases see what is heard alone", train={"tracked_mouth": 0.0}),
@@ -142,6 +144,8 @@ def sizes(row: Row, plain: Callable[..., AvatarConfig]) -> Callable[..., AvatarC
 
 def run(name: str, clip_path: Path, out: Path, settings: Mapping[str, Any], *, truth: Path | None, device: str) -> None:
     """Make and measure the avatar of one row."""
+    if unknown := [key for key in settings if key.partition(".")[0] not in STAGES]:
+        raise SystemExit(f"there is no stage for {', '.join(unknown)}: settings begin with {', '.join(f'{stage}.' for stage in STAGES)}")
     row, clip = ROWS[name], load_clip(clip_path)
     given = {stage: {key.partition(".")[2]: value for key, value in settings.items() if key.startswith(f"{stage}.")} for stage in STAGES}
     personalizing = changed(PersonalizeConfig(), given["personalize"] | dict(row.personalize))
@@ -162,11 +166,8 @@ def run(name: str, clip_path: Path, out: Path, settings: Mapping[str, Any], *, t
     print(table(out))
 
 
-STAGES = ("personalize", "train", "evaluate")
-
-
 def table(out: Path) -> str:
-    """All rows that were run, in the order of `ROWS`, as Markdown; settings that differ between rows are named."""
+    """All rows that were run, in the order of `ROWS`, as Markdown, each with the settings that it was run with."""
     lines = ["| row | question | " + " | ".join(MEASURES) + " | settings |", "| --- " * (len(MEASURES) + 3) + "|"]
     for name in ROWS:
         if (out / f"{name}.json").is_file():

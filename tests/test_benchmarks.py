@@ -59,6 +59,8 @@ def test_every_ablation_changes_a_setting_that_exists_and_the_table_shows_what_w
     assert module.changed(module.TrainConfig(), {"steps": 7}).steps == 7
     with pytest.raises(SystemExit, match="no setting 'steeps'"):
         module.changed(module.TrainConfig(), {"steeps": 7})
+    with pytest.raises(SystemExit, match=r"no stage for trian\.steps"):
+        module.main(["run", "default", "a.clip", str(tmp_path), "--set", "trian.steps=7"])
     found = {"row": "no-blink", "question": "q", "settings": {"train.steps": 5}, "measures": {"psnr_mask": {"value": 26.54321}}}
     (tmp_path / "no-blink.json").write_text(json.dumps(found))
     module.main(["table", str(tmp_path)])
