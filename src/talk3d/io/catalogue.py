@@ -97,7 +97,7 @@ _ENTRIES = (
         "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0",
         licence="BSD-3-Clause; learnt from ImageNet",
         commercial=True,
-        unlocks="LPIPS (VGG16), the perceptual distance of inversion",
+        unlocks="LPIPS (VGG16), the perceptual distance of reports by another network",
     ),
     _one(
         "arcface",
