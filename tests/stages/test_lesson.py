@@ -3,11 +3,12 @@
 import copy
 import dataclasses
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
-from talk3d.errors import ConfigError
+from talk3d.errors import ConfigError, WeightsError
 from talk3d.metrics.image import ssim
 from talk3d.models.avatar import Avatar, PersonalizedGenerator, Prior
 from talk3d.stages.lesson import Lesson, LessonConfig, LossWeights, lids_brows_gaze, structure_loss
@@ -42,6 +43,12 @@ def test_terms_are_named_and_a_weight_of_zero_leaves_one_out(avatar: Avatar, cli
     for share in ({"tracked_mouth": 1.5}, {"unusual_frames": -0.1}):
         with pytest.raises(ConfigError, match="a share"):
             LessonConfig(**share)
+
+
+def test_a_term_whose_network_is_not_there_is_refused(avatar: Avatar, clip: Clip, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("talk3d.io.catalogue.cache_folder", lambda: tmp_path)
+    with pytest.raises(WeightsError, match="talk3d weights fetch lpips-alex"):
+        terms(avatar, clip, replace(QUICK, weights=LossWeights(perceptual=0.1)))
 
 
 def test_structure_is_one_less_the_similarity() -> None:

@@ -1,15 +1,13 @@
 """One step of training an avatar: draw frames, predict their deltaplanes, render, compare, descend."""
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from talk3d.errors import ConfigError, WeightsError
+from talk3d.errors import ConfigError
 from talk3d.metrics.image import SSIM_WINDOW, ssim_map
 from talk3d.models.avatar import Avatar
 from talk3d.ops.compositing import premultiply
@@ -30,8 +28,6 @@ from talk3d.training.losses import (
     weighted_sum,
 )
 from talk3d.types import Clip, Driving, Progress, Rendering
-
-T = TypeVar("T")
 
 NEGLIGIBLE = 1e-6
 """Size of gradients of the mouth's bases below which cells hardly move: most are below 1e-5, and those that no frame shows would become noise."""
@@ -60,7 +56,7 @@ class LossWeights:
     silence: float = 0.0
     """The same of the distance from the shut mouth when nothing sounds."""
     perceptual: float = 0.0
-    """LPIPS of the full picture, where its published weights are there."""
+    """LPIPS of the full picture; needs lpips-alex of `talk3d weights`."""
 
     def __post_init__(self) -> None:
         """Refuse numbers that cannot work."""
@@ -134,7 +130,7 @@ class Lesson:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.reader = LipReader(shapes.values.shape[1]).to(device)
-        self.perceptual = _if_there(lambda: load_lpips(device=device)) if config.weights.perceptual else None
+        self.perceptual = load_lpips(device=device) if config.weights.perceptual else None
         self.average = Average(avatar, config.average_decay)
         self.modules: dict[str, nn.Module] = {"avatar": avatar, "average": self.average.module, "reader": self.reader}
         eyes = lids_brows_gaze(track.blink[used], track.upper_face[used])
@@ -254,11 +250,3 @@ def structure_loss(image: Float[Tensor, "b 3 h w"], target: Float[Tensor, "b 3 h
     border = SSIM_WINDOW // 2
     different = 1 - ssim_map(0.5 * (image + 1), 0.5 * (target + 1))
     return (different * weight[..., border:-border, border:-border]).mean()
-
-
-def _if_there(load: Callable[[], T]) -> T | None:
-    """Return a published network, or None where its weights are not there."""
-    try:
-        return load()
-    except WeightsError:
-        return None
