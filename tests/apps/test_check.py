@@ -40,6 +40,15 @@ def test_the_table_shows_every_line_with_its_advice():
         assert word in shown
 
 
+def test_the_table_shows_names_with_brackets_and_long_words_whole():
+    console = Console(file=io.StringIO(), width=80)
+    advice = "mend it with --audio-offset-ms 116 (build: --track.audio-offset-ms)"
+    print_report("a[/b] [red].mp4", report({"what": "sound", "found": "a[/b].mp4 has no sound", "judgement": "warning", "advice": advice}), console)
+    shown = console.file.getvalue()
+    assert "a[/b] [red].mp4: refuse" in shown and "a[/b].mp4" in shown
+    assert advice.replace(" ", "") in "".join(row.split("│")[4] for row in shown.splitlines() if row.count("│") == 5).replace(" ", "")
+
+
 def test_the_page_is_whole_in_itself_and_shows_what_was_found():
     text = page("a <film>.mp4", report())
     assert "a &lt;film&gt;.mp4" in text

@@ -95,9 +95,9 @@ def test_sound_that_was_moved_is_noted_with_how_to_leave_it(applied_ms: float, s
 
 
 def test_tables_hold_their_cells(capsys: pytest.CaptureFixture[str]) -> None:
-    print_table("report", ("metric", "value"), [("psnr", "31.2")])
+    print_table("report", ("metric", "[/mine]"), [("psnr", "31.2")])
     shown = capsys.readouterr().out
-    assert all(word in shown for word in ("report", "metric", "psnr", "31.2"))
+    assert all(word in shown for word in ("report", "metric", "[/mine]", "psnr", "31.2"))
 
 
 def test_everything_is_looked_at(capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from tyro.conf import arg
 
@@ -40,11 +41,12 @@ def print_report(title: str, report: Mapping[str, Any], console: Console | None 
         report: a `metrics.capture.CaptureReport`.
         console: where to; the standard output if None.
     """
-    table = Table(title=f"{title}: {report['verdict']}", title_justify="left", title_style="bold", show_lines=True)
+    table = Table(title=escape(f"{title}: {report['verdict']}"), title_justify="left", title_style="bold", show_lines=True)
     for column in ("", "found", "", "what to do"):
-        table.add_column(column)
+        table.add_column(column, overflow="fold")
     for line in report["lines"]:
-        table.add_row(line["what"], line["found"], f"[{COLOURS[line['judgement']]}]{WORDS[line['judgement']]}", line["advice"])
+        word = f"[{COLOURS[line['judgement']]}]{WORDS[line['judgement']]}"
+        table.add_row(line["what"], escape(line["found"]), word, escape(line["advice"]))
     (console or Console()).print(table)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import av
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -158,11 +159,11 @@ def note_findings(check: Mapping[str, Any]) -> None:
 
 def print_table(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]], console: Console | None = None) -> None:
     """Print a small table, by default on the standard output."""
-    table = Table(title=title, title_justify="left", title_style="bold")
+    table = Table(title=escape(title), title_justify="left", title_style="bold")
     for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number == 0 else "right", no_wrap=number == 0, overflow="fold")
+        table.add_column(escape(column), justify="left" if number == 0 else "right", no_wrap=number == 0, overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     (console or Console()).print(table)
 
 
