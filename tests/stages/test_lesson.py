@@ -40,7 +40,12 @@ def test_terms_are_named_and_a_weight_of_zero_leaves_one_out(avatar: Avatar, cli
     assert found.keys() - bare.keys() == {"structure", "lips", "detail"}
     with pytest.raises(ConfigError, match="cannot be negative"):
         LossWeights(image=-1.0)
-    for share in ({"tracked_mouth": 1.5}, {"unusual_frames": -0.1}):
+    for number in ({"learning_rate": float("nan")}, {"mouth_rate": -1.0}, {"listening_steps": -3}, {"audio_noise": float("inf")}):
+        with pytest.raises(ConfigError, match=f"{next(iter(number))} cannot be negative"):
+            LessonConfig(**number)
+    with pytest.raises(ConfigError, match="1 frame a step"):
+        LessonConfig(listening_frames=0)
+    for share in ({"tracked_mouth": 1.5}, {"unusual_frames": -0.1}, {"average_decay": 2.0}):
         with pytest.raises(ConfigError, match="a share"):
             LessonConfig(**share)
 

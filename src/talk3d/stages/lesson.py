@@ -1,6 +1,7 @@
 """One step of training an avatar: draw frames, predict their deltaplanes, render, compare, descend."""
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -60,8 +61,8 @@ class LossWeights:
 
     def __post_init__(self) -> None:
         """Refuse numbers that cannot work."""
-        if min(vars(self).values()) < 0:
-            raise ConfigError("weights of losses cannot be negative: give 0 to leave a term out")
+        if not all(0 <= weight < math.inf for weight in vars(self).values()):
+            raise ConfigError("weights of losses are finite numbers and cannot be negative: give 0 to leave a term out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,9 +109,13 @@ class LessonConfig:
 
     def __post_init__(self) -> None:
         """Refuse numbers that cannot work."""
-        if min(self.steps, self.frames_per_step) < 1:
+        if min(self.steps, self.frames_per_step, self.listening_frames) < 1:
             raise ConfigError("train needs at least 1 step and 1 frame a step: give positive numbers")
-        for name in ("tracked_mouth", "unusual_frames"):
+        rates = ("listening_rate", "listening_decay", "learning_rate", "mouth_rate", "renderer_rate", "identity_rate")
+        for name in (*rates, "listening_steps", "reading_steps", "mouth_emphasis", "face_emphasis", "audio_noise"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"{name} cannot be negative or endless, got {getattr(self, name)}: leave it out for a good one")
+        for name in ("tracked_mouth", "unusual_frames", "average_decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} is a share, got {getattr(self, name)}: give a number from 0 to 1")
 
