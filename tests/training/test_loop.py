@@ -178,12 +178,12 @@ def test_the_best_is_what_had_the_least_error() -> None:
     module = nn.Linear(2, 2)
     best = Best(module)
     kept = []
-    for error in (0.5, 0.3, 0.4, None):
+    for error in (math.nan, 0.5, 0.3, math.nan, 0.4, None):
         with torch.no_grad():
             module.weight.add_(1)
         best.consider(module, None if error is None else torch.tensor(error))
         kept.append(best.module.weight.equal(module.weight))
-    assert kept == [True, True, False, True] and best.error.item() == pytest.approx(0.3)
+    assert kept == [False, True, True, False, False, True] and best.error.item() == pytest.approx(0.3)
     again = Best(nn.Linear(2, 2))
     again.load_state_dict(best.state_dict())
     again.consider(nn.Linear(2, 2), torch.tensor(0.35))

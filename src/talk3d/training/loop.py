@@ -91,7 +91,7 @@ class Average:
 
 
 class Best(nn.Module):
-    """The module with the least error so far; before anything was considered, the one it was made from."""
+    """The module with the least error so far, an error that is no number being none; before anything was considered, the one it was made from."""
 
     error: Tensor
 
@@ -102,7 +102,7 @@ class Best(nn.Module):
 
     def consider(self, module: nn.Module, error: Float[Tensor, ""] | None) -> None:
         """Keep the module's values if its error is smaller than any before; None keeps them anyway."""
-        if error is not None and float(error) >= float(self.error):
+        if error is not None and not float(error) < float(self.error):
             return
         self.module.load_state_dict(module.state_dict())
         if error is not None:
