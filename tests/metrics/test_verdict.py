@@ -96,3 +96,12 @@ def test_each_fault_is_judged_with_advice(changes: dict[str, Any], what: str, ju
     assert {line["what"]: line["judgement"] for line in lines if line["judgement"] != "ok"} == {what: judgement}
     line = next(line for line in lines if line["what"] == what)
     assert said in f"{line['found']}: {line['advice']}"
+
+
+def test_nothing_is_less_than_nothing():
+    found = {
+        line["what"]: line["found"]
+        for line in judge({**GOOD, "yaw_deg": [-0.3, 20.0], "audio_offset_guess_ms": -0.2, "audio_offset_applied_ms": -265.0})
+    }
+    assert "yaw 0° to 20°" in found["head turns"]
+    assert found["sound and lips"] == "moved back by 265 ms, the sound comes in step (± 10 ms)"

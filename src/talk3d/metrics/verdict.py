@@ -119,7 +119,7 @@ def _judge_motion(report: Mapping[str, Any]) -> Line:
     yaw, pitch = report["yaw_deg"], report["pitch_deg"]
     return _line(
         "head turns",
-        f"yaw {yaw[0]:.0f}° to {yaw[1]:.0f}°, pitch {pitch[0]:.0f}° to {pitch[1]:.0f}°",
+        f"yaw {yaw[0]:z.0f}° to {yaw[1]:z.0f}°, pitch {pitch[0]:z.0f}° to {pitch[1]:z.0f}°",
         (yaw[1] - yaw[0] < STILL_YAW_DEG, "warning", "the head hardly turns, so side views are guesses; turn it slowly to both sides for a while"),
         (max(abs(yaw[0]), abs(yaw[1])) > WIDE_YAW_DEG, "warning", "the head turns far away, where face points are unsure; stay within 45°"),
     )
@@ -155,7 +155,7 @@ def _judge_offset(report: Mapping[str, Any]) -> Line:
         return _line("sound and lips", "cannot be compared: sound or lips do not move")
     applied = report["audio_offset_applied_ms"]
     moved = f"moved {'forward' if applied > 0 else 'back'} by {abs(applied):.0f} ms, " if applied else ""
-    comes = f"the sound comes {abs(guess):.0f} ms {'late' if guess > 0 else 'early'}"
+    comes = f"the sound comes {abs(guess):.0f} ms {'late' if guess > 0 else 'early'}" if abs(guess) >= 0.5 else "the sound comes in step"
     if late is None:
         unfit = "sound and lips hardly fit together; see that the person in view is the one who is heard"
         return _line("sound and lips", f"{moved}not sure; perhaps {comes}", (report["length_s"] >= SHORT_S, "warning", unfit))
