@@ -1,6 +1,6 @@
 """From a video to a `Clip`: the face found in every frame, the camera in head space, steady crops, mattes and speech features.
 
-Streams through the video three times (time stamps, faces, crops), so memory does not grow with its length. Prints nothing.
+Streams through the video three times (time stamps, faces, crops): of a long one, face points and sound are in memory, pictures never. Prints nothing.
 """
 
 import math
@@ -120,7 +120,8 @@ def track(
 ) -> Clip:
     """Turn a video of one talking person into a clip.
 
-    If faces of similar size are in view together, tracking stops with an error; smaller ones are ignored and noted in `Clip.check`.
+    If faces of similar size are in view together for more than a quarter of the time, tracking stops with an error; otherwise the largest is
+    followed, and `Clip.check` says so.
 
     Args:
         video: any file with pictures and sound.
