@@ -306,7 +306,7 @@ def _animate() -> Callable[..., None]:
         check_output(out, Path(avatar), audio, folder_with=None if out.suffix else "000000.png")
         with Display() as display:
             num_frames = write_animation(load_avatar(avatar), audio, out, config, device=resolve_device(device), progress=display, resume=resume)
-        print(f"{out}: {num_frames} frames")
+        print(f"{out}: {num_frames} frame{'s' if num_frames != 1 else ''}")
 
     return command
 
