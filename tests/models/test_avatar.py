@@ -1,5 +1,6 @@
 """Person and avatar: what they keep, and that a silent avatar is the person exactly."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -77,6 +78,14 @@ def test_person_owns_its_weights(generator: TriplaneGenerator) -> None:
         generator.decoder.net[0].weight.add_(1)
     assert person.renderer.decoder.net[0].weight.equal(before)
     assert not any("backbone" in name for name in person.state_dict())
+
+
+def test_an_avatar_knows_its_film(avatar: Avatar) -> None:
+    known = copy.copy(avatar)
+    known.provenance = {"source_sha256": "a1"}
+    assert known.is_of("a1") and not known.is_of("b2")
+    known.provenance = {}
+    assert known.is_of("b2")
 
 
 def test_a_new_avatar_is_the_person_exactly(avatar: Avatar) -> None:

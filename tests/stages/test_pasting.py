@@ -75,6 +75,15 @@ def test_only_the_head_is_another_and_the_film_goes_back_and_forth(make_avatar, 
     assert all(np.array_equal(one, other) for one, other in zip(pasted[20:], late, strict=True))
 
 
+def test_a_head_put_into_the_film_of_another_is_told(make_avatar, filmed: tuple[Path, Path], caplog: pytest.LogCaptureFixture) -> None:
+    for origin, told in ((Film(filmed[1], None, 25.0, SIDE).clip.source_sha256, False), ("0" * 64, True)):
+        avatar = make_avatar(side=SIDE)
+        avatar.provenance = {"source_sha256": origin}
+        caplog.clear()
+        list(animate(avatar, speech(2), config=AnimateConfig(paste_into=filmed[1])))
+        assert ("another film" in caplog.text) == told
+
+
 def test_a_transparent_head_leaves_the_film_as_it_is(make_avatar, filmed: tuple[Path, Path]) -> None:
     film = list(read_video(filmed[0]))
     for number, frame in enumerate(animate(make_avatar(side=SIDE, alpha=0.0), speech(6), config=AnimateConfig(paste_into=filmed[1]))):

@@ -91,15 +91,18 @@ def test_unfit_paths_are_refused_in_one_line(tmp_path: Path, text: str, message:
 @pytest.mark.parametrize(
     "settings",
     [
-        {"yaw_deg": 90.0},
-        {"pitch_deg": -1000.0},
-        {"roll_deg": 181.0},
-        {"zoom": 0.0},
-        {"yaw_deg": math.nan},
+        {"camera": "fixed", "yaw_deg": 90.0},
+        {"camera": "fixed", "pitch_deg": -1000.0},
+        {"camera": "fixed", "roll_deg": 181.0},
+        {"camera": "fixed", "zoom": 0.0},
+        {"camera": "fixed", "yaw_deg": math.nan},
         {"orbit_yaw_deg": 90.0},
         {"orbit_period_s": 0.0},
         {"orbit_period_s": math.nan},
         {"camera": "path"},
+        {"yaw_deg": 20.0},
+        {"camera": "orbit", "pitch_deg": 5.0},
+        {"camera": "tracked", "zoom": 1.5},
         {"camera_path": Path("x.json")},
     ],
 )

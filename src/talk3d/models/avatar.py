@@ -172,6 +172,10 @@ class Avatar(nn.Module):
         """Pixels a side of the pictures."""
         return self.personalized.renderer.renderer_config.superresolution.output_side
 
+    def is_of(self, source_sha256: str) -> bool:
+        """Say whether it was made from the video with this checksum; True where it does not know of any."""
+        return self.provenance.get("source_sha256", source_sha256) == source_sha256
+
     def deltaplane(self, driving: Driving, generator: torch.Generator | None = None) -> Triplane:
         """Predict the deltaplane of b frames; `generator` (training) drops tokens.
 

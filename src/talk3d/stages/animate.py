@@ -5,6 +5,7 @@ Every frame is a function of its number, the settings and the sound round it: it
 
 import hashlib
 import json
+import logging
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -31,6 +32,8 @@ from talk3d.stages.acting import ActingConfig, Actor, read_performer
 from talk3d.stages.pasting import Film, one_of
 from talk3d.stages.viewpoints import CameraConfig, ViewLimit, Viewpoints, turned
 from talk3d.types import Camera, Driving, Progress, Rendering, Waveform, silent
+
+logger = logging.getLogger(__name__)
 
 SOUND_HZ = 44100
 """Sample rate of the sound in written videos."""
@@ -176,6 +179,8 @@ class Scene:
         self.avatar, self.config, self.device, self.encoder = avatar, config, device, encoder
         self.model = avatar.bake(rest=rest, expression=config.expression, compiled=config.compile)
         self.film = None if config.paste_into is None else Film(config.paste_into, config.source, avatar.fps, avatar.resolution)
+        if self.film is not None and not avatar.is_of(self.film.clip.source_sha256):
+            logger.warning("%s is of another film than the avatar: it gets the avatar's head; see that whoever is in it agrees", config.paste_into)
         self.shown: Iterator[UInt8[np.ndarray, "h w 3"]] = iter(())
         performed, blink = (None, None) if config.performer is None else read_performer(config.performer, avatar.fps)
         performed = self.film.performance if self.film else performed

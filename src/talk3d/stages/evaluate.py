@@ -5,6 +5,7 @@ rendered with wrong sound, with unchanging sound and with nothing but sound, and
 what its measures can tell.
 """
 
+import logging
 import platform
 import sys
 import time
@@ -31,6 +32,8 @@ from talk3d.perception.speech import load_speech_of
 from talk3d.stages.animate import to_uint8
 from talk3d.stages.views import Bench, NovelViews, attention_rows, make_scene, see_novel_views, see_orbit
 from talk3d.types import Clip, Progress, Waveform, silent
+
+logger = logging.getLogger(__name__)
 
 NUM_SHOWN = 6
 """Moments on the report's sheet."""
@@ -106,6 +109,8 @@ def evaluate(
     """
     config, begun = config or EvaluateConfig(), time.perf_counter()
     bench = open_bench(avatar, clip, config.max_frames, config.batch_size, device=device, progress=progress)
+    if not avatar.is_of(clip.source_sha256):
+        logger.warning("the clip is of another film than the avatar: the measures say how unlike they are, not how good the avatar is")
     networks = load_networks(face_model, device)
     folder = truth if truth is not None else find_truth(Path(clip.source).parent)
     known = None if folder is None else load_truth(folder).part(int(clip.check.get("first_frame", 0)), clip.num_frames)

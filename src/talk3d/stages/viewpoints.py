@@ -63,6 +63,12 @@ class CameraConfig:
             raise ConfigError(f"animate needs a positive orbit period, got {self.orbit_period_s} s: leave --orbit-period-s out")
         check_view({"yaw_deg": self.yaw_deg, "pitch_deg": self.pitch_deg, "roll_deg": self.roll_deg, "zoom": self.zoom}, "the camera")
         check_view({"yaw_deg": self.orbit_yaw_deg, "pitch_deg": self.orbit_pitch_deg}, "the orbit")
+        for name in ("yaw_deg", "pitch_deg", "roll_deg"):
+            if getattr(self, name) and self.camera != "fixed":
+                flag = name.replace("_", "-")
+                raise ConfigError(f"--{flag} is of the fixed camera, got --camera {self.camera}: give --camera fixed too, or leave --{flag} out")
+        if self.zoom != 1 and self.camera in ("tracked", "path"):
+            raise ConfigError(f"--zoom is of the fixed and the swinging camera, got --camera {self.camera}: give --camera fixed, or leave it out")
         if (self.camera == "path") != (self.camera_path is not None):
             raise ConfigError("a camera path needs both --camera path and --camera-path FILE.json: give both, or neither")
 
