@@ -29,12 +29,13 @@ BLOCK_S = 2.0
 """Pieces of the clip that are drawn as a whole."""
 LEAST_S = 3.0
 """Shorter clips are never sure."""
-SHORT_S = 8.0
-"""In clips shorter than this, lips and loudness must agree by more than by chance: a correlation of `CLEAR` over the root of the length in seconds.
+ENOUGH_S = 8.0
+"""From this length on, any correlation above 0.15 will do; of shorter clips see `CLEAR`."""
+CLEAR = 1.2
+"""What lips and loudness must correlate by, times the root of the length in seconds, so that it is not by chance.
 
 Measured on pieces of 3 to 7 s of two films: 214 of 400 were sure, all within 80 ms of the whole film's shift; of 199 with sound from elsewhere,
 none."""
-CLEAR = 1.2
 NUM_DRAWS = 200
 NOSE_BRIDGE, CHIN = 168, 152
 
@@ -90,7 +91,7 @@ def sound_offset(
     agreement = float(np.mean(np.abs(peaks - late_s) < 0.06))
     inside = abs(late_s) < REACH_S - 2 * LAG_S
     length_s = len(mouth) / fps
-    clear = curve.max() > (0.15 if length_s >= SHORT_S else CLEAR / length_s**0.5)
+    clear = curve.max() > (0.15 if length_s >= ENOUGH_S else CLEAR / length_s**0.5)
     sure = length_s >= LEAST_S and agreement >= 0.95 and clear and inside
     return SoundOffset(
         late_s=late_s,

@@ -159,7 +159,7 @@ def _judge_offset(report: Mapping[str, Any]) -> Line:
     if late is None:
         unfit = "sound and lips hardly fit together; see that the person in view is the one who is heard"
         return _line("sound and lips", f"{moved}not sure; perhaps {comes}", (report["length_s"] >= SHORT_S, "warning", unfit))
-    mend = f"mend it with --audio-offset-ms {late + applied:.0f} (build: --track.audio-offset-ms)"
-    mend = mend if applied else f"left to themselves, track and build move it; or {mend}"
+    alone = "" if applied else "left to themselves, track and build move it; or "
+    mend = f"{alone}mend it with --audio-offset-ms {late + applied:.0f} (build: --track.audio-offset-ms)"
     found = f"{moved}{comes} (± {max(report['audio_offset_spread_ms'], 10):.0f} ms)"
     return _line("sound and lips", found, (abs(late) > LATE_MS, "warning", mend))
