@@ -79,7 +79,7 @@ ROWS = {
     "no-mouth-emphasis": Row(question="losses: the mouth counts like the face", train={"mouth_emphasis": 3.0}),
     "usual-frames": Row(question="draws: all frames alike", train={"unusual_frames": 0.0}),
     "heard-mouth": Row(question="draws: the bases see what is heard alone", train={"tracked_mouth": 0.0}),
-    "four-frames": Row(question="draws: four frames a step, twice the work", train={"frames_per_step": 4}),
+    "two-frames": Row(question="draws: two frames a step, half the work", train={"frames_per_step": 2}),
     "fewer-rays": Row(question="rays: 96 a side", train={"rays": 96}),
     "no-prior": Row(question="prior: a generator that never saw a head", blank_prior=True),
     "no-tuning": Row(question="tuning: the code alone, no pivotal tuning", personalize={"tuning_steps": 1}),

@@ -25,6 +25,17 @@ def test_rows_hold_what_plain_look_ups_find(axes) -> None:
     torch.testing.assert_close(alone, found[:40])
 
 
+def test_rows_learn_what_plain_look_ups_teach() -> None:
+    planes, points, slope = torch.randn(2, 3, 5, 8, 8), 1.2 * torch.rand(2, 40, 3) - 0.6, torch.randn(2, 40, 5)
+    fast, plain = planes.clone().requires_grad_(), planes.double().requires_grad_()
+    lookup, volume = RowLookup.of("fixed", 8, 0.9, CPU), torch.arange(2).repeat_interleave(40)
+    (lookup(lookup.rows(list(fast.unbind(1))), points.flatten(0, 1), volume) * slope.flatten(0, 1)).sum().backward()
+    (3 * sample_planes(plain, project_points(points.double(), "fixed", 0.9)) * slope).sum().backward()
+    assert fast.grad is not None and plain.grad is not None
+    torch.testing.assert_close(fast.grad, plain.grad.float(), atol=0.02, rtol=1e-3)  # at the outer edge, see above
+    torch.testing.assert_close(fast.grad[..., 2:-2, 2:-2], plain.grad.float()[..., 2:-2, 2:-2], atol=1e-4, rtol=1e-4)
+
+
 def test_cells_know_which_points_they_hold() -> None:
     full = torch.rand(6, 6, 6) > 0.6
     cells, points = Cells.of(full, 0.8), 1.2 * torch.rand(500, 3) - 0.6
@@ -63,6 +74,13 @@ def test_rays_are_split_and_walked_one_by_one() -> None:
 
 def test_even_weights_give_even_samples() -> None:
     torch.testing.assert_close(guided_bins(torch.full((2, 8), 0.1), 4), torch.tensor([1.0, 3.0, 5.0, 7.0]).expand(2, 4))
+
+
+def test_jitter_moves_samples_inside_their_shares_alone() -> None:
+    jittered = guided_bins(torch.full((500, 8), 0.1), 4, torch.Generator().manual_seed(0))
+    assert (jittered >= torch.arange(4) * 2.0).all() and (jittered <= torch.arange(4) * 2.0 + 2).all()
+    torch.testing.assert_close(jittered.mean(0), torch.tensor([1.0, 3.0, 5.0, 7.0]), atol=0.1, rtol=0)
+    assert jittered.std(0).min() > 0.5  # a uniform place in a width of 2 has .577
 
 
 def test_samples_lie_where_the_weights_are() -> None:

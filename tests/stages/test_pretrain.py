@@ -120,7 +120,7 @@ from talk3d.presets import TINY, TINY_ENCODER
 torch.set_num_threads(1)
 stage = importlib.import_module("talk3d.stages.pretrain")
 loop = stage.Loop
-stage.Loop = lambda **settings: loop(**settings | {"checkpoint_every": 3})
+stage.Loop = lambda **settings: loop(**settings | {"checkpoint_seconds": 0})
 config = stage.PretrainConfig(steps=10, samples_per_step=2, views_per_sample=2, encoder=TINY_ENCODER)
 stop = lambda name, step, *_: os.kill(os.getpid(), signal.SIGKILL) if (name, step) == ("pretrain", 5) else None
 stage.pretrain(Path(sys.argv[1]), config, start=TINY, seed=3, progress=stop, checkpoint=Path(sys.argv[2]))
@@ -130,7 +130,7 @@ stage.pretrain(Path(sys.argv[1]), config, start=TINY, seed=3, progress=stop, che
 def test_a_killed_run_continues_exactly_from_its_last_checkpoint(balls: Path, tmp_path: Path) -> None:
     whole = pretrain(balls, SHORT, start=TINY, seed=3)
     done = subprocess.run([sys.executable, "-c", KILLED, str(balls), str(tmp_path / "check")], check=False)
-    assert done.returncode == -signal.SIGKILL and load_tensors(tmp_path / "check", "checkpoint")[1]["step"] == 3
+    assert done.returncode == -signal.SIGKILL and load_tensors(tmp_path / "check", "checkpoint")[1]["step"] == 4
     resumed = pretrain(balls, SHORT, start=TINY, seed=3, checkpoint=tmp_path / "check")
     assert all(weights(resumed)[name].equal(value) for name, value in weights(whole).items())
 

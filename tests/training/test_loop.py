@@ -4,6 +4,7 @@ import math
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from talk3d.training.loop import Average, Best, Loop, average_gradients, process
 class Run:
     """A small regression with noise, so that optimiser, weights and randomness all matter."""
 
-    def __init__(self, checkpoint: Path | None = None, every: int = 200, width: int = 4) -> None:
+    def __init__(self, checkpoint: Path | None = None, width: int = 4) -> None:
         torch.manual_seed(0)
         self.net = nn.Sequential(nn.Linear(3, width), nn.BatchNorm1d(width), nn.Linear(width, 1))
         self.average = Average(self.net, 0.9)
@@ -32,7 +33,6 @@ class Run:
             optimizers={"adam": self.adam},
             generators={"noise": self.noise},
             checkpoint=checkpoint,
-            checkpoint_every=every,
         )
 
     def step(self, number: int) -> dict[str, torch.Tensor]:
@@ -69,8 +69,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path: Path) -
     assert third.seen == [] and same(whole, third)
 
 
-def test_checkpoints_are_written_now_and_then_and_at_the_end(tmp_path: Path) -> None:
-    run, found = Run(tmp_path / "check", every=2), []
+def test_checkpoints_are_written_every_minute_and_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, found = Run(tmp_path / "check"), []
+    monkeypatch.setattr(time, "monotonic", lambda: 30.0 * len(run.seen))
     run.hook = lambda number: found.append(load_tensors(tmp_path / "check", "checkpoint")[1]["step"] if (tmp_path / "check").exists() else 0)
     run.loop.run("fit", 5, run.step)
     assert found == [0, 0, 2, 2, 4] and load_tensors(tmp_path / "check", "checkpoint")[1]["step"] == 5

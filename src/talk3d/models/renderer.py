@@ -6,6 +6,7 @@ person's volume for inference, with far fewer samples.
 Reference: EG3D (arXiv 2112.07945), section 4.2 and 4.3.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -84,6 +85,11 @@ class RendererConfig:
         return move_camera(camera, self.head_space[0], rotation_from_vector(turn), shift)
 
 
+@functools.cache
+def _cpu_lookup(axes: PlaneAxes, side: int, box_warp: float) -> RowLookup:
+    return RowLookup.of(axes, side, box_warp, torch.device("cpu"))
+
+
 class PointDecoder(nn.Module):
     """Mean plane features of a point to raw density and colour features: one hidden layer, softplus."""
 
@@ -108,8 +114,21 @@ class TriplaneRenderer(nn.Module):
 
     def query(self, triplane: Triplane, points: Float[Tensor, "b n 3"]) -> tuple[Float[Tensor, "b n 1"], Float[Tensor, "b n f"]]:
         """Return raw density and features of points given in scene units."""
-        coordinates = project_points(points, triplane.axes, self.renderer_config.box_warp)
-        return self.decoder(sample_planes(triplane.planes, coordinates))
+        return self.decoder(self._look_up(triplane, points))
+
+    def _look_up(self, triplane: Triplane, points: Float[Tensor, "b n 3"]) -> Float[Tensor, "b n c"]:
+        box_warp, planes = self.renderer_config.box_warp, triplane.planes
+        if planes.device.type == "cpu" and planes.dtype == torch.float32 and not points.requires_grad:  # in a quarter of the time
+            lookup = _cpu_lookup(triplane.axes, planes.shape[-1], box_warp)
+            volume = torch.arange(len(planes)).repeat_interleave(points.shape[1]) if len(planes) > 1 else None
+            return lookup(lookup.rows(list(planes.unbind(1))), points.flatten(0, 1), volume).view(*points.shape[:2], -1) / 3
+        return sample_planes(planes, project_points(points, triplane.axes, box_warp))
+
+    def _density(self, triplane: Triplane, points: Float[Tensor, "b n 3"]) -> Float[Tensor, "b n 1"]:
+        """Return the raw density alone, without gradients."""
+        hidden = self.decoder.net[:2](self._look_up(triplane, points))
+        weight, bias = _linear(self.decoder, 2)
+        return F.linear(hidden, weight[:1], bias[:1])
 
     def occupancy(self, triplane: Triplane, side: int = 64, threshold: float = 0.3, dilation: int = 3) -> Bool[Tensor, "s s s"]:
         """Return the cells of the cube (indexed z, y, x) where one volume is not empty, grown by `dilation` cells.
@@ -150,6 +169,26 @@ class TriplaneRenderer(nn.Module):
             features = features.gather(-2, order.unsqueeze(-1).expand_as(features))
         return composite(features, density, distances, white_back=config.white_back)
 
+    def render_found(
+        self, triplane: Triplane, rays: Rays, generator: torch.Generator
+    ) -> tuple[Float[Tensor, "b r f"], Float[Tensor, "b r 1"], Float[Tensor, "b r 1"]]:
+        """Do what `render_rays` does, for training in half the time: only samples where a look without gradients found something are kept."""
+        config = self.renderer_config
+        looks = max(24, config.depth_resolution)
+        with torch.no_grad():
+            equal = stratified_distances(rays, looks)
+            points = rays.origins.unsqueeze(-2) + equal.unsqueeze(-1) * rays.directions.unsqueeze(-2)  # b r s 3
+            density = self._density(triplane, points.flatten(1, 2)).view(equal.shape)
+            bins = guided_bins(segment_weights(density, equal).flatten(0, 1), config.depth_resolution_importance, generator)
+            distances = rays.near + bins.view(*equal.shape[:2], -1) * ((rays.far - rays.near) / (looks - 1))
+        density, features = self._decode(triplane, rays, distances, generator)
+        shares = guided_weights(density.flatten(0, 1), distances.flatten(0, 1)).view(density.shape)
+        rendered, opacity = (shares.unsqueeze(-2) @ features).squeeze(-2), shares.sum(-1, keepdim=True)
+        if config.white_back:
+            rendered = rendered + 1 - opacity
+        depth = (shares * distances).sum(-1, keepdim=True) / opacity.clamp(min=1e-6)
+        return rendered, opacity, depth
+
     def _decode(
         self, triplane: Triplane, rays: Rays, distances: Float[Tensor, "b r s"], generator: torch.Generator | None
     ) -> tuple[Float[Tensor, "b r s"], Float[Tensor, "b r s f"]]:
@@ -169,7 +208,7 @@ class TriplaneRenderer(nn.Module):
         occupied: Bool[Tensor, "s s s"] | None = None,
         neural_rendering_resolution: int | None = None,
     ) -> Rendering:
-        """Render volumes as the cameras see them.
+        """Render volumes as the cameras see them; jittered ones of known occupancy, which are trained, by `render_found`.
 
         Args:
             triplane: b volumes.
@@ -208,7 +247,7 @@ class TriplaneRenderer(nn.Module):
                 **{name: getattr(rays, name)[i : i + 1, index] for name in ("origins", "directions", "near", "far")},
             )
             volume = Triplane(planes=triplane.planes[i : i + 1], axes=triplane.axes)
-            features, alpha, depth = self.render_rays(volume, one, generator)
+            features, alpha, depth = self.render_rays(volume, one) if generator is None else self.render_found(volume, one, generator)
             batches.append(
                 (
                     background.index_copy(1, index, features),

@@ -1,10 +1,12 @@
-"""Volume rendering with few samples, for inference: planes as rows of features, and samples only where a coarse look found something.
+"""Volume rendering with few samples: planes as rows of features, and samples only where a coarse look found something.
 
-The plain way looks coarsely along every ray, then finely, and keeps all samples. Here the coarse look takes a quarter of the rays and wants the
-density alone; the fine one starts from its weights. Shapes are static unless `Cells.occupied` is used to drop points. Must not import models.
+The plain way looks coarsely along every ray, then finely, and keeps all samples. Here the coarse look wants the density alone (and at inference
+a quarter of the rays), and the fine one starts from its weights. Shapes are static unless `Cells.occupied` is used to drop points. Must not
+import models.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -77,7 +79,26 @@ class RowLookup:
         if volume is not None:
             index += (volume * self.rows_of_one).int().unsqueeze(1)
         weights = torch.addmm(self.base[0], inside, self.along[0]).mul_(torch.addmm(self.base[1], inside, self.along[1]))
-        return F.embedding_bag(index, rows, per_sample_weights=weights.to(rows.dtype), mode="sum")
+        weights = weights.to(rows.dtype)
+        return _SumOfRows.apply(rows, index, weights) if rows.requires_grad else F.embedding_bag(index, rows, per_sample_weights=weights, mode="sum")
+
+
+class _SumOfRows(torch.autograd.Function):
+    """Weighted sums of rows, `embedding_bag`, whose gradient is another one: over the points that looked at each row."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Float[Tensor, "m c"], index: Int[Tensor, "n k"], weights: Float[Tensor, "n k"]) -> Float[Tensor, "n c"]:
+        ctx.save_for_backward(index, weights)
+        ctx.num_rows = len(rows)
+        return F.embedding_bag(index, rows, per_sample_weights=weights, mode="sum")
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Float[Tensor, "n c"]) -> tuple[Float[Tensor, "m c"], None, None]:
+        (gradient,), (index, weights) = grad_outputs, ctx.saved_tensors
+        row, order = index.flatten().sort(stable=True)
+        first = torch.searchsorted(row, torch.arange(ctx.num_rows, device=row.device, dtype=row.dtype))
+        point, weights = order // index.shape[1], weights.flatten()[order]
+        return F.embedding_bag(point, gradient.contiguous(), first, per_sample_weights=weights, mode="sum"), None, None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,17 +165,19 @@ class SteppedRays:
         return torch.addcmul(self.origins[:, None], distances[:, :, None], self.directions[:, None]).flatten(0, 1)
 
 
-def guided_bins(weights: Float[Tensor, "r m"], num_samples: int) -> Float[Tensor, "r s"]:
-    """Place samples by coarse weights, in the middles of equal shares, in units of the m segments.
+def guided_bins(weights: Float[Tensor, "r m"], num_samples: int, generator: torch.Generator | None = None) -> Float[Tensor, "r s"]:
+    """Place samples by coarse weights, in the middles of equal shares (with `generator` anywhere in them), in units of the m segments.
 
     Shares are of the weights' square roots: enough samples on the surface, and some on what is faint.
     """
     cdf = F.pad((weights + 1e-5).sqrt_().cumsum(1), (1, 0))
     cdf = cdf / cdf[:, -1:]
-    middles = (torch.arange(num_samples, device=cdf.device, dtype=cdf.dtype) + 0.5) / num_samples
-    above = torch.searchsorted(cdf, middles.expand(len(cdf), -1).contiguous(), right=True).clamp_(1, weights.shape[1])
+    shares = torch.arange(num_samples, device=cdf.device, dtype=cdf.dtype).expand(len(cdf), -1)
+    jitter = 0.5 if generator is None else torch.rand(shares.shape, device=cdf.device, dtype=cdf.dtype, generator=generator)
+    places = (shares + jitter) / num_samples
+    above = torch.searchsorted(cdf, places, right=True).clamp_(1, weights.shape[1])
     low, high = cdf.gather(1, above - 1), cdf.gather(1, above)
-    return above - 1 + ((middles - low) / (high - low)).clamp_(0.0, 1.0)
+    return above - 1 + ((places - low) / (high - low)).clamp_(0.0, 1.0)
 
 
 def guided_weights(density: Float[Tensor, "r s"], distances: Float[Tensor, "r s"]) -> Float[Tensor, "r s"]:

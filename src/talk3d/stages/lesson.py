@@ -71,7 +71,7 @@ class LessonConfig:
 
     steps: int = 1800
     """Optimisation steps."""
-    frames_per_step: int = 2
+    frames_per_step: int = 4
     """Frames rendered in one step."""
     listening_steps: int = 1200
     """Steps of the lesson before, in which the audio encoder learns to tell the shape of the mouth."""

@@ -125,7 +125,7 @@ def pretrain(
         progress, sheets = silent, None
     heads = _own_share(load_heads(Path(dataset), side, lambda done, total: progress("read pictures", done, total, {})), config)
     trainer = _make_trainer(config, heads, start, device, seed)
-    loop = Loop(modules=trainer.modules, optimizers=trainer.optimizers, generators=trainer.generators, checkpoint=checkpoint, checkpoint_every=1000)
+    loop = Loop(modules=trainer.modules, optimizers=trainer.optimizers, generators=trainer.generators, checkpoint=checkpoint, checkpoint_seconds=300)
 
     def step(number: int) -> dict[str, Float[Tensor, ""]]:
         if sheets is not None and number % config.sheet_every == 0:

@@ -5,6 +5,7 @@ import copy
 import math
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
@@ -122,17 +123,18 @@ class Loop:
         optimizers: Mapping[str, torch.optim.Optimizer],
         generators: Mapping[str, torch.Generator],
         checkpoint: Path | None = None,
-        checkpoint_every: int = 200,
+        checkpoint_seconds: float = 60.0,
         report_every: int = 5,
     ) -> None:
         self.modules, self.optimizers, self.generators = dict(modules), dict(optimizers), dict(generators)
-        self.checkpoint, self.checkpoint_every, self.report_every = checkpoint, checkpoint_every, report_every
+        self.checkpoint, self.checkpoint_seconds, self.report_every = checkpoint, checkpoint_seconds, report_every
         self.step = 0
         if checkpoint is not None and checkpoint.exists():
             self._restore(checkpoint)
 
     def run(self, stage: str, total: int, step: Step, progress: Progress = silent) -> None:
-        """Do steps until `total`; save the checkpoint now and then, at the end, and when interrupted."""
+        """Do steps until `total`; save the checkpoint every `checkpoint_seconds`, at the end, and when interrupted."""
+        saved = time.monotonic()
         with _finish_step_first() as interrupted:
             while self.step < total:
                 values = step(self.step)
@@ -143,8 +145,9 @@ class Loop:
                 if (told or processes()[1] == 1) and _any_process(interrupted()):  # several wait for each other, so they ask more seldom
                     self.save()
                     raise KeyboardInterrupt
-                if self.step % self.checkpoint_every == 0:
+                if time.monotonic() - saved >= self.checkpoint_seconds:
                     self.save()
+                    saved = time.monotonic()
             self.save()
 
     def save(self) -> None:
