@@ -34,6 +34,22 @@ def test_baked_planes_are_identity_and_delta(make_predictor, identity, released:
     torch.testing.assert_close(found, expected.planes, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("deaf", [True, False])
+def test_a_network_that_tokens_do_not_move_is_painted_once(make_predictor, identity, deaf: bool) -> None:
+    predictor = make_predictor(num_bases=3).eval()
+    with torch.no_grad():
+        for block in predictor.transformer[0].blocks:
+            block.attn2.to_out[0].weight.mul_(0 if deaf else 1)
+        planes = BakedDeltaplane(predictor, identity, torch.float32)
+        tokens, coefficients = torch.randn(4, 5, 6), torch.randn(4, 3)
+        expected = planes(tokens, coefficients)
+        planes.fold(torch.randn(4, 5, 6))
+        assert (planes.same is not None) == deaf
+        for found, plane in zip(planes(tokens, coefficients), expected, strict=True):
+            torch.testing.assert_close(found, plane, atol=1e-5, rtol=1e-5)
+    assert float((expected[0][0] - expected[0][1]).abs().max()) > 0.01  # the bases move it all the same
+
+
 @pytest.fixture(scope="module")
 def sample() -> Avatar:
     assert talk3d.__file__ is not None

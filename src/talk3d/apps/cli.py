@@ -85,6 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(name: str, arguments: list[str]) -> int:
     """Run a command that exists; what a user can mend becomes one line on the standard error."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait actively crawl wherever another program runs; read as torch is imported
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

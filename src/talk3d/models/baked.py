@@ -24,6 +24,8 @@ from talk3d.ops.resample import upsample2
 from talk3d.types import Camera, Driving, Rendering, Triplane
 
 logger = logging.getLogger(__name__)
+NO_DIFFERENCE = 1e-3
+"""Of the U-Net's output between moments, in standard deviations of the identity planes; what moves a face is a thousand times that."""
 
 
 @dataclass(frozen=True)
@@ -153,11 +155,30 @@ class BakedDeltaplane:
             for bases in (predictor.bases, predictor.near)
         )
         self.num_near = predictor.config.num_near
+        self.same: list[Tensor] | None = None
         self.window = face_window(predictor.config.plane_axes, predictor.config.plane_resolution)
 
     def __call__(self, tokens: Float[Tensor, "b k e"], coefficients: Float[Tensor, "b m"]) -> list[Float[Tensor, "b c h w"]]:
         """Return the three planes of each set of tokens."""
-        tokens, coefficients = tokens.to(self.dtype), coefficients.to(self.dtype)
+        coefficients = coefficients.to(self.dtype)
+        planes = self._paint(tokens.to(self.dtype)) if self.same is None else [plane.expand(len(tokens), -1, -1, -1) for plane in self.same]
+        if self.bases is not None:
+            far = _blend(self.bases, coefficients[:, self.num_near : self.num_near + len(self.bases)])
+            planes = [plane + blend for plane, blend in zip(planes, far, strict=True)]
+        whole = [upsample2(plane).float().add_(identity) for plane, identity in zip(planes, self.identity, strict=True)]
+        if self.near is not None:
+            near = _blend(self.near, coefficients[:, : len(self.near)])
+            for plane, blend, (rows, columns) in zip(whole, near, self.window, strict=True):
+                plane[:, :, rows, columns] += blend
+        return whole
+
+    def fold(self, tokens: Float[Tensor, "b k e"]) -> None:
+        """Paint once and for all if these sets of tokens, as different as can be, make no difference: then training left all to the linear bases."""
+        planes = self._paint(tokens.to(self.dtype))
+        if max(float((plane - plane[:1]).abs().max()) for plane in planes) < NO_DIFFERENCE * self.scale:
+            self.same = [plane[:1] for plane in planes]
+
+    def _paint(self, tokens: Float[Tensor, "b k e"]) -> list[Float[Tensor, "b c h w"]]:
         hidden = self.blocks[0].look_at_tokens(self.hidden, self.query, tokens)
         for block in self.blocks[1:]:
             hidden = block.look_at_tokens(*block.look_at_self(hidden + self.places), tokens)
@@ -171,15 +192,7 @@ class BakedDeltaplane:
             planes = [F.conv2d(plane, weight, bias) for plane, (weight, bias) in zip(planes, self.last, strict=True)]
         else:
             planes = [plane * self.scale for plane in planes]
-        if self.bases is not None:
-            far = _blend(self.bases, coefficients[:, self.num_near : self.num_near + len(self.bases)])
-            planes = [plane + blend for plane, blend in zip(planes, far, strict=True)]
-        whole = [upsample2(plane).float().add_(identity) for plane, identity in zip(planes, self.identity, strict=True)]
-        if self.near is not None:
-            near = _blend(self.near, coefficients[:, : len(self.near)])
-            for plane, blend, (rows, columns) in zip(whole, near, self.window, strict=True):
-                plane[:, :, rows, columns] += blend
-        return whole
+        return planes
 
 
 def _blend(bases: Float[Tensor, "k 3 h w c"], coefficients: Float[Tensor, "b k"]) -> tuple[Float[Tensor, "b c h w"], ...]:
@@ -210,6 +223,7 @@ class BakedAvatar:
         pictures = torch.bfloat16 if self.device.type == "cpu" and _has_bfloat16() else dtype
         with torch.no_grad():
             self.deltaplane = BakedDeltaplane(avatar.predictor, person.triplane, dtype)
+            self.deltaplane.fold(avatar.conditioner(_different_moments(avatar)))
             self.renderer = GuidedRenderer(person.renderer, person.occupied, dtype)
             self.superresolution = BakedSuperresolution(person.renderer.superresolution, person.w, pictures)
         if compiled:
@@ -262,6 +276,15 @@ class BakedAvatar:
     def _planes(self, driving: Driving) -> list[Float[Tensor, "b c h w"]]:
         tokens = self.conditioner(driving)
         return self.deltaplane(tokens, self.conditioner.coefficients(driving, self.conditioner.mouth(tokens)))
+
+
+def _different_moments(avatar: Avatar, count: int = 4) -> Driving:
+    """Return moments of the performance, far apart, each with a sound of its own that is noise."""
+    performance = avatar.performance
+    index = torch.linspace(0, len(performance.blink) - 1, count).round().long()
+    noise = 2 * torch.rand(count, 8, 16, avatar.config.conditioning.audio_channels, generator=torch.Generator().manual_seed(0)) - 1
+    moved = {name: getattr(performance, name)[index] for name in ("blink", "head_pose", "anchors", "upper_face")}
+    return Driving(audio=noise, **moved).to(avatar.personalized.identity.device)
 
 
 def _has_bfloat16() -> bool:
