@@ -59,6 +59,8 @@ def test_tokens_drop_only_with_a_generator_and_never_the_audio() -> None:
     for token in (BLINK, ROTATION, LANDMARKS):
         assert replaced[:, token].float().mean().item() == pytest.approx(0.25, abs=0.07)
     assert dropped.equal(model(given, torch.Generator().manual_seed(0)))
+    runs = (model(given, torch.Generator().manual_seed(0), 4) == model.null_vector).all(-1).view(100, 4, -1)
+    assert runs.equal(runs[:, :1].expand(-1, 4, -1)) and runs.any() and not runs[..., 1].all()
 
 
 @pytest.mark.parametrize(("rate", "expected"), [(0.0, False), (1.0, True)])

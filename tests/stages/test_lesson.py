@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,10 @@ import torch
 from talk3d.errors import ConfigError, WeightsError
 from talk3d.metrics.image import ssim
 from talk3d.models.avatar import Avatar, PersonalizedGenerator, Prior
-from talk3d.stages.lesson import Lesson, LessonConfig, LossWeights, lids_brows_gaze, structure_loss
+from talk3d.perception.facetemplate import load_template
+from talk3d.perception.identity import ArcFace, load_identity
+from talk3d.perception.lipsync import SyncExpert
+from talk3d.stages.lesson import Lesson, LessonConfig, LossWeights, face_model_kind, lids_brows_gaze, structure_loss
 from talk3d.stages.train import TrainConfig, train
 from talk3d.training.losses import unusual
 from talk3d.types import Clip
@@ -52,8 +56,88 @@ def test_terms_are_named_and_a_weight_of_zero_leaves_one_out(avatar: Avatar, cli
 
 def test_a_term_whose_network_is_not_there_is_refused(avatar: Avatar, clip: Clip, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("talk3d.io.catalogue.cache_folder", lambda: tmp_path)
-    with pytest.raises(WeightsError, match="talk3d weights fetch lpips-alex"):
-        terms(avatar, clip, replace(QUICK, weights=LossWeights(perceptual=0.1)))
+    for name, network in (("perceptual", "lpips-alex"), ("identity", "arcface"), ("sync", "sync-expert")):
+        with pytest.raises(WeightsError, match=f"talk3d weights fetch {network} ") as said:
+            terms(avatar, clip, replace(QUICK, weights=LossWeights(**{name: 0.1})))
+        assert "\n" not in str(said.value)
+
+
+def lesson_of(avatar: Avatar, clip: Clip, config: LessonConfig, num_frames: int = 11) -> Lesson:
+    return Lesson(copy.deepcopy(avatar), clip, config, num_frames=num_frames, device="cpu", seed=5)
+
+
+def test_frames_are_drawn_one_by_one_unless_a_term_needs_consecutive_ones(
+    avatar: Avatar, clip: Clip, clip_of: Callable[..., Clip], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = lesson_of(avatar, clip, QUICK)
+    expected = torch.multinomial(plain.chances, 4, replacement=True, generator=torch.Generator().manual_seed(5))
+    assert plain.chances.shape == (11,) and plain._draw().equal(expected)
+    for frames_per_step, count in ((4, 2), (5, 2), (2, 1)):
+        pairs = lesson_of(avatar, clip, replace(QUICK, frames_per_step=frames_per_step, weights=LossWeights(temporal=1.0)))
+        drawn = torch.stack([pairs._draw() for _ in range(60)]).view(60, count, 2)
+        assert drawn[..., 1].equal(drawn[..., 0] + 1) and set(drawn[..., 0].flatten().tolist()) == set(range(10))
+    monkeypatch.setattr("talk3d.training.lips.load_sync_expert", lambda device: SyncExpert())
+    both = LossWeights(temporal=1.0, sync=1.0)
+    cut = replace(clip_of(16), check={"cuts": [5]})
+    for given, starts in ((clip, set(range(7))), (cut, {0, 5, 6})):
+        runs = lesson_of(avatar, given, replace(QUICK, frames_per_step=1, weights=both))
+        drawn = torch.stack([runs._draw() for _ in range(60)])
+        assert drawn.equal(drawn[:, :1] + torch.arange(5)) and set(drawn[:, 0].tolist()) == starts
+    with pytest.raises(ConfigError, match="frames_per_step of 2 or more, got 1"):
+        LessonConfig(frames_per_step=1, weights=LossWeights(temporal=0.1))
+    with pytest.raises(ConfigError, match="need 5 frames in a row, got 4 frames"):
+        lesson_of(avatar, clip, replace(QUICK, weights=both), num_frames=4)
+
+
+def test_a_run_is_driven_in_one_way(avatar: Avatar, clip: Clip) -> None:
+    lesson = lesson_of(avatar, clip, replace(QUICK, tracked_mouth=0.5, weights=LossWeights(temporal=1.0)))
+    seen: list[torch.Tensor] = []
+    coefficients = lesson.avatar.conditioner.coefficients
+
+    def watch(driving: object, mouth: torch.Tensor) -> torch.Tensor:
+        seen.append(mouth.detach())
+        return coefficients(driving, mouth)
+
+    lesson.avatar.conditioner.coefficients = watch
+    index = torch.tensor([2, 3, 6, 7, 0, 1, 4, 5])
+    lesson._render(index)
+    tracked = (seen[0] == lesson.heard.shapes.values[index]).all(1).view(4, 2)
+    assert tracked[:, 0].equal(tracked[:, 1]) and tracked.any() and not tracked.all()
+    noise = lesson._driving(index).audio - clip.driving(index).audio
+    torch.testing.assert_close(noise[::2], noise[1::2], atol=1e-5, rtol=0)
+    assert not torch.allclose(noise[0], noise[2])
+
+
+def test_consecutive_frames_serve_both_terms_that_need_them(avatar: Avatar, clip: Clip, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("talk3d.training.lips.load_sync_expert", lambda device: SyncExpert().eval().requires_grad_(False))
+    found = terms(avatar, clip, replace(QUICK, weights=LossWeights(sync=0.1, temporal=1.0, likeness=0.3)))
+    assert {"image", "detail", "alpha", "raw", "structure", "sync", "temporal", "likeness"} == found.keys()
+    assert all(value >= 0 for value in found.values())
+
+
+def test_faces_are_compared_at_the_points_of_the_film(avatar: Avatar, clip: Clip, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    torch.save(ArcFace().state_dict(), tmp_path / "arcface.pth")
+    monkeypatch.setattr("talk3d.stages.lesson.load_identity", lambda device: load_identity(tmp_path / "arcface.pth", device))
+    flat = load_template("registry").points[:468, :2] * torch.tensor([1.0, -1.0])
+    track = replace(clip.track, landmarks=(32 + 40 * flat).expand(clip.num_frames, -1, -1).clone())
+    lesson = lesson_of(avatar, replace(clip, track=track), replace(QUICK, weights=LossWeights(identity=0.1, likeness=0.1)))
+    index = torch.tensor([1, 4])
+    filmed = lesson._target(index)[0].image
+    same = lesson._read_faces(filmed, filmed, index)
+    assert same.keys() == {"identity", "likeness"} and all(abs(value) < 1e-5 for value in same.values())
+    stranger = filmed.flip(1).clone().requires_grad_()  # red is blue
+    for name, value in lesson._read_faces(stranger, filmed, index).items():
+        (gradient,) = torch.autograd.grad(value, stranger)
+        assert value > 1e-4 and (gradient.abs().amax((1, 2, 3)) > 0).all(), name
+        with torch.no_grad():  # a step against the gradient makes the faces more alike
+            nearer = stranger - 0.02 * gradient / gradient.abs().max()
+        assert lesson._read_faces(nearer, filmed, index)[name] < value
+
+
+def test_the_kind_of_the_face_points_is_what_the_clip_says(clip: Clip) -> None:
+    assert face_model_kind(clip) == "registry"
+    assert face_model_kind(replace(clip, check={"landmarks": "face_landmarker.task"})) == "task"
+    assert face_model_kind(replace(clip, check={"landmarks": "models of mediapipe 0.10.21"})) == "registry"
 
 
 def test_structure_is_one_less_the_similarity() -> None:

@@ -15,7 +15,9 @@ import torch
 from talk3d.errors import ConfigError, WeightsError
 from talk3d.models.avatar import Avatar, PersonalizedGenerator, Prior
 from talk3d.ops.compositing import premultiply
+from talk3d.perception.lipsync import SyncExpert
 from talk3d.presets import BUILTIN256, TINY
+from talk3d.stages.lesson import LossWeights
 from talk3d.stages.train import TrainConfig, avatar_sizes, background_plate, even_out, picture_error, train, with_rays
 from talk3d.training.losses import MouthShapes
 from talk3d.types import Clip, FaceMasks
@@ -95,16 +97,22 @@ def test_rates_of_zero_leave_the_person_as_it_is(person: PersonalizedGenerator, 
         torch.testing.assert_close(value, before[name], msg=lambda text, name=name: f"{name}: {text}")
 
 
-def test_a_stopped_run_continues_exactly(person: PersonalizedGenerator, clip: Clip, tmp_path: Path) -> None:
-    whole = train(copy.deepcopy(person), clip, SHORT, seed=3)
+@pytest.mark.parametrize("weights", [LossWeights(), LossWeights(temporal=1.0, likeness=0.3), LossWeights(temporal=0.5, sync=0.1)])
+def test_a_stopped_run_continues_exactly(
+    person: PersonalizedGenerator, clip: Clip, tmp_path: Path, weights: LossWeights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expert = SyncExpert().eval().requires_grad_(False)
+    monkeypatch.setattr("talk3d.training.lips.load_sync_expert", lambda device: expert)
+    config = replace(SHORT, weights=weights)
+    whole = train(copy.deepcopy(person), clip, config, seed=3)
 
     def stop(stage: str, step: int, total: int, values: Mapping[str, float]) -> None:
         if stage == "train" and step == 5:
             os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
-        train(copy.deepcopy(person), clip, SHORT, seed=3, progress=stop, checkpoint=tmp_path / "check")
-    resumed = train(copy.deepcopy(person), clip, SHORT, seed=3, checkpoint=tmp_path / "check")
+        train(copy.deepcopy(person), clip, config, seed=3, progress=stop, checkpoint=tmp_path / "check")
+    resumed = train(copy.deepcopy(person), clip, config, seed=3, checkpoint=tmp_path / "check")
     for name, value in whole.state_dict().items():
         assert resumed.state_dict()[name].equal(value), name
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from talk3d.errors import ConfigError
 from talk3d.models.conditioning import Conditioner, ConditioningConfig
 from talk3d.models.renderer import TriplaneRenderer
 from talk3d.presets import TINY
@@ -22,7 +23,10 @@ from talk3d.training.losses import (
     mouth_shapes,
     picture_losses,
     quiet_frames,
+    run_chances,
     shut_mouth,
+    temporal_loss,
+    unlikeness,
     unusual,
     weighted_sum,
 )
@@ -88,6 +92,40 @@ def test_losses_do_not_depend_on_size_or_batch() -> None:
         return {name: round(value.item(), 5) for name, value in found.items()}
 
     assert losses(1, 16) == losses(3, 32)
+
+
+def test_changes_are_compared_within_runs_and_what_stays_costs_nothing() -> None:
+    target, weight = torch.rand(6, 3, 4, 4), torch.rand(6, 1, 4, 4)
+    image = torch.rand(6, 3, 4, 4).requires_grad_()
+    found = temporal_loss(image, target, weight, 3)
+    slow = []
+    for i in (0, 1, 3, 4):  # two runs of three
+        change = (image[i + 1] - image[i]) - (target[i + 1] - target[i])
+        slow.append(change.abs() * (weight[i] + weight[i + 1]) / 2)
+    torch.testing.assert_close(found, torch.stack(slow).mean())
+    found.backward()
+    assert image.grad is not None and (image.grad.abs().amax((1, 2, 3)) > 0).all()
+    off = target + 0.3  # the same in every frame
+    assert temporal_loss(off, target, weight, 2) < 1e-6
+    frozen = target[:1].expand(6, -1, -1, -1)
+    even = torch.ones(6, 1, 4, 4)
+    torch.testing.assert_close(temporal_loss(frozen, target, even, 6), target.diff(dim=0).abs().mean())
+
+
+def test_unlikeness_is_one_less_the_cosine() -> None:
+    one, other = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[0.6, 0.8], [0.0, 1.0]])
+    assert unlikeness(one, one) == 0 and unlikeness(one, other).item() == pytest.approx(0.2) and unlikeness(one, -one) == 2
+
+
+def test_runs_are_as_likely_as_their_frames_and_stay_within_shots() -> None:
+    chances = torch.rand(7)
+    assert run_chances(chances, 1, (3,)).equal(chances)
+    torch.testing.assert_close(run_chances(chances, 3), torch.stack([chances[i : i + 3].mean() for i in range(5)]))
+    assert run_chances(chances, 2, (3,)).gt(0).tolist() == [True, True, False, True, True, True]
+    assert run_chances(chances, 3, (1, 6, 9)).gt(0).tolist() == [False, True, True, True, False]
+    for length, cuts in ((8, ()), (4, (3, 4))):
+        with pytest.raises(ConfigError, match=f"need {length} frames in a row, got 7 frames"):
+            run_chances(chances, length, cuts)
 
 
 def test_distances_are_compared_where_they_are_known_at_the_rays() -> None:

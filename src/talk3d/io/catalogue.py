@@ -87,7 +87,7 @@ _ENTRIES = (
         "7be5be791159472b1fbf3c69796f7cb30dca7ad8466c2df70058c37116cdee02",
         licence="BSD-3-Clause; learnt from ImageNet",
         commercial=True,
-        unlocks="LPIPS (AlexNet), the perceptual distance of reports and training",
+        unlocks="LPIPS (AlexNet), the perceptual distance of reports, and the loss weights.perceptual of training",
     ),
     _one(
         "lpips-vgg",
@@ -107,7 +107,7 @@ _ENTRIES = (
         "a035c768259b98ab1ce0e646312f48b9e1e218197a0f80ac6765e88f8b6ddf28",
         licence="MIT code; learnt from MS-Celeb-1M, for research",
         commercial=False,
-        unlocks="identity: CSIM, identity loss",
+        unlocks="CSIM, the identity measure of reports, and the loss weights.identity of training",
     ),
     _one(
         "syncnet",
@@ -117,7 +117,7 @@ _ENTRIES = (
         "961e8696f888fce4f3f3a6c3d5b3267cf5b343100b238e79b2659bff2c605442",
         licence="MIT code; learnt from BBC broadcasts, for research",
         commercial=False,
-        unlocks="lip synchrony: LSE-C, LSE-D",
+        unlocks="LSE-C and LSE-D, the lip synchrony of reports",
     ),
     _one(
         "sync-expert",
@@ -127,7 +127,7 @@ _ENTRIES = (
         None,
         licence="research and personal use only (LRS2)",
         commercial=False,
-        unlocks="lip synchrony as a loss (Wav2Lip's expert)",
+        unlocks="Wav2Lip's expert of lip synchrony: the loss weights.sync of training",
         member="state_dict",
     ),
     _one(

@@ -25,7 +25,7 @@ from talk3d.perception.facetemplate import load_template
 from talk3d.perception.identity import Likeness, align_faces, five_points, load_identity
 from talk3d.perception.inception import load_inception
 from talk3d.perception.landmarks import FaceModel, FaceTracker, eye_openings, load_face_model, mouth_opening
-from talk3d.perception.lipsync import NUM_FRAMES, load_syncnet
+from talk3d.perception.lipsync import NUM_FRAMES, SYNC_FPS, load_syncnet
 from talk3d.perception.perceptual import load_lpips
 from talk3d.perception.regions import FACE_OVAL, OUTER_LIPS
 from talk3d.types import Progress, Waveform, silent
@@ -40,7 +40,6 @@ LEAST_FRAMES = 16
 """Fewer pictures say nothing of distributions."""
 SYNC_MARGIN = 1.8
 """Side of the crops that SyncNet sees over that of the face's box."""
-SYNC_FPS = 25.0
 LOADERS = {
     "arcface": load_identity,
     "lpips-alex": lambda path, device: load_lpips("alex", path, device),

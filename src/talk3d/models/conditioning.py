@@ -157,8 +157,11 @@ class Conditioner(nn.Module):
         """Return the weights of the linear bases, of about unit size: mouth shapes as given, blink, brows, gaze, rotation, place."""
         return torch.cat([mouth, 2 * driving.blink, 20 * driving.upper_face, 4 * driving.head_pose, 4 * driving.anchors[:, :2]], 1)
 
-    def forward(self, driving: Driving, generator: torch.Generator | None = None) -> Float[Tensor, "b 5 d"]:
-        """Encode b frames; `generator` (training) replaces tokens other than the audio's by the null token at the configured rate."""
+    def forward(self, driving: Driving, generator: torch.Generator | None = None, run_length: int = 1) -> Float[Tensor, "b 5 d"]:
+        """Encode b frames; `generator` (training) replaces tokens other than the audio's by the null token at the configured rate.
+
+        Frames that come in runs of `run_length` lose the same tokens.
+        """
         batch = driving.audio.shape[0]
         tokens = torch.stack(
             [
@@ -170,7 +173,8 @@ class Conditioner(nn.Module):
             1,
         )
         if generator is not None:
-            drop = torch.rand(tokens.shape[:2], generator=generator, device=generator.device).to(tokens.device) < self.config.drop_rate
+            drop = torch.rand((batch // run_length, tokens.shape[1]), generator=generator, device=generator.device) < self.config.drop_rate
+            drop = drop.repeat_interleave(run_length, 0).to(tokens.device)
             drop[:, 0] = False
             tokens = torch.where(drop[..., None], self.null_vector, tokens)
         return tokens

@@ -20,7 +20,9 @@ from talk3d.perception.speech import SAMPLE_RATE_HZ, mel_triangles
 from talk3d.types import Waveform
 
 NUM_FRAMES = 5
-"""Video frames that are looked at together; 25 a second."""
+"""Video frames that are looked at together."""
+SYNC_FPS = 25.0
+"""Of the films that both learnt from."""
 CEPSTRA = 20
 """Steps of 10 ms that SyncNet hears with them."""
 MEL_STEPS = 16

@@ -12,10 +12,13 @@ from talk3d.errors import ConfigError
 from talk3d.metrics.image import SSIM_WINDOW, ssim_map
 from talk3d.models.avatar import Avatar
 from talk3d.ops.compositing import premultiply
+from talk3d.perception.facetemplate import ModelKind
+from talk3d.perception.identity import SIDE_PX, Likeness, align_faces, five_points, load_identity
 from talk3d.perception.landmarks import mouth_opening
+from talk3d.perception.lipsync import NUM_FRAMES
 from talk3d.perception.perceptual import load_lpips
 from talk3d.stages.personalize import face_emphasis
-from talk3d.training.lips import LipReader, mouth_crops, mouth_windows, teach
+from talk3d.training.lips import LipReader, SyncLoss, mouth_windows, teach, window_crops
 from talk3d.training.loop import Average, cosine_decay
 from talk3d.training.losses import (
     Heard,
@@ -24,7 +27,10 @@ from talk3d.training.losses import (
     mouth_shapes,
     picture_losses,
     quiet_frames,
+    run_chances,
     shut_mouth,
+    temporal_loss,
+    unlikeness,
     unusual,
     weighted_sum,
 )
@@ -58,6 +64,16 @@ class LossWeights:
     """The same of the distance from the shut mouth when nothing sounds."""
     perceptual: float = 0.0
     """LPIPS of the full picture; needs lpips-alex of `talk3d weights`."""
+    identity: float = 0.0
+    """1 - cosine of ArcFace's vectors of rendered and filmed face; needs arcface of `talk3d weights`."""
+    likeness: float = 0.0
+    """The same of the descriptors of `likeness`: our offline identity term. Face points are the film's in both, so that colours alone tell."""
+    temporal: float = 0.0
+    """Mean absolute difference of what changes from one frame to the next, rendered and filmed; frames are drawn in consecutive pairs then, and
+    one of an odd number is left out."""
+    sync: float = 0.0
+    """-log of the probability that five consecutive frames and their sound belong together, by Wav2Lip's expert; needs sync-expert of
+    `talk3d weights`. A step then draws five such frames, however many frames_per_step are."""
 
     def __post_init__(self) -> None:
         """Refuse numbers that cannot work."""
@@ -115,6 +131,8 @@ class LessonConfig:
         for name in (*rates, "listening_steps", "reading_steps", "mouth_emphasis", "face_emphasis", "audio_noise"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"{name} cannot be negative or endless, got {getattr(self, name)}: leave it out for a good one")
+        if self.frames_per_step < 2 and self.weights.temporal and not self.weights.sync:
+            raise ConfigError("weights.temporal compares consecutive frames and needs frames_per_step of 2 or more, got 1: give 2, or a weight of 0")
         for name in ("tracked_mouth", "unusual_frames", "average_decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} is a share, got {getattr(self, name)}: give a number from 0 to 1")
@@ -136,11 +154,16 @@ class Lesson:
             torch.manual_seed(seed)
             self.reader = LipReader(shapes.values.shape[1]).to(device)
         self.perceptual = load_lpips(device=device) if config.weights.perceptual else None
+        self.arcface = load_identity(device=device) if config.weights.identity else None
+        self.likeness = Likeness(face_model_kind(clip)) if config.weights.likeness else None
+        self.sync = SyncLoss(clip.waveform, track.landmarks[:num_frames], clip.fps, avatar.resolution, device) if config.weights.sync else None
         self.average = Average(avatar, config.average_decay)
         self.modules: dict[str, nn.Module] = {"avatar": avatar, "average": self.average.module, "reader": self.reader}
         eyes = lids_brows_gaze(track.blink[used], track.upper_face[used])
         seldom = (unusual(shapes.values[:num_frames]) + unusual(eyes[:num_frames], num_components=5)) / 2
-        self.chances = torch.lerp(torch.full((num_frames,), 1 / num_frames), seldom, config.unusual_frames)
+        chances = torch.lerp(torch.full((num_frames,), 1 / num_frames), seldom, config.unusual_frames)
+        self.run_length = NUM_FRAMES if config.weights.sync else 2 if config.weights.temporal else 1
+        self.chances = run_chances(chances, self.run_length, clip.check.get("cuts", ()))
         near = avatar.predictor.near
         self.ear = avatar.conditioner.ear().requires_grad_(False)
         others = [part for part in [*avatar.conditioner.parameters(), *avatar.predictor.parameters()] if part.requires_grad and part is not near]
@@ -181,7 +204,7 @@ class Lesson:
 
     def _teach_reader(self) -> None:
         index = torch.linspace(0, self.num_frames - 1, min(self.num_frames, 3000)).round().long()
-        crops = torch.cat([mouth_crops(premultiply(*self.clip.images(part)), self.windows[part]) for part in index.split(64)])
+        crops = torch.cat([window_crops(premultiply(*self.clip.images(part)), self.windows[part]) for part in index.split(64)])
         shapes = self.heard.shapes
         reader = self.reader.cpu().requires_grad_(True)
         teach(reader, crops, shapes.values[index], shapes.importance, self.config.reading_steps, self.generators["choice"])
@@ -194,11 +217,11 @@ class Lesson:
 
     def step(self, number: int) -> dict[str, Float[Tensor, ""]]:
         """Draw frames, predict their deltaplanes, render, compare, descend."""
-        config, choice = self.config, self.generators["choice"]
+        config = self.config
         scale = cosine_decay(number / config.steps, 0.05) * min(1.0, (number + 1) / 50)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * scale
-        index = torch.multinomial(self.chances, config.frames_per_step, replacement=True, generator=choice)
+        index = self._draw()
         terms = self._compare(self._render(index), index)
         loss = weighted_sum(terms, vars(config.weights))
         self.optimizer.zero_grad(set_to_none=True)
@@ -208,12 +231,20 @@ class Lesson:
         self.average.update(self.avatar, number)
         return {name: term.detach() for name, term in terms.items()}
 
+    def _draw(self) -> Int[Tensor, " b"]:
+        """Frames of a step: single ones, or runs of consecutive ones where a term compares or hears these."""
+        count = 1 if self.config.weights.sync else self.config.frames_per_step // self.run_length
+        first = torch.multinomial(self.chances, count, replacement=True, generator=self.generators["choice"])
+        return (first[:, None] + torch.arange(self.run_length)).flatten()
+
     def _render(self, index: Int[Tensor, " b"]) -> Rendering:
+        """Render frames as they are driven; what is drawn by chance is the same for all frames of a run, else it would jump between them."""
         avatar, choice = self.avatar, self.generators["choice"]
         driving = self._driving(index)
-        tokens = avatar.conditioner(driving, choice)
+        tokens = avatar.conditioner(driving, choice, self.run_length)
         heard = avatar.conditioner.mouth(tokens)
-        tracked = torch.rand(len(index), 1, generator=choice) < self.config.tracked_mouth
+        tracked = torch.rand(len(index) // self.run_length, 1, generator=choice) < self.config.tracked_mouth
+        tracked = tracked.repeat_interleave(self.run_length, 0)
         mouth = torch.where(tracked.to(heard.device), self.heard.shapes.values[index].to(heard), heard)
         person = avatar.personalized
         delta = avatar.predictor(person.triplane, tokens, avatar.conditioner.coefficients(driving, mouth))
@@ -225,12 +256,27 @@ class Lesson:
         terms = picture_losses(rendering, target, emphasis)
         if weights.structure:
             terms["structure"] = structure_loss(rendering.image, target.image, emphasis)
-        if weights.lips:
-            windows = self.windows[index]
-            terms["lips"] = self.reader.loss(mouth_crops(rendering.image, windows), mouth_crops(target.image, windows), self.heard.shapes)
+        if weights.temporal:
+            terms["temporal"] = temporal_loss(rendering.image, target.image, emphasis, self.run_length)
         if self.perceptual is not None:
             terms["perceptual"] = self.perceptual(rendering.image, target.image).mean()
+        terms |= self._read_faces(rendering.image, target.image, index)
         return {name: term for name, term in terms.items() if getattr(weights, name)}
+
+    def _read_faces(self, image: Float[Tensor, "b 3 h w"], filmed: Float[Tensor, "b 3 h w"], index: Int[Tensor, " b"]) -> dict[str, Tensor]:
+        """Compare what is read off faces; the points of the filmed ones say where to look in both pictures."""
+        terms, pictures, points = {}, (image, filmed), self.clip.track.landmarks[index].float()
+        if self.config.weights.lips:
+            mouths = [window_crops(picture, self.windows[index]) for picture in pictures]
+            terms["lips"] = self.reader.loss(mouths[0], mouths[1], self.heard.shapes)
+        if self.arcface is not None:
+            places = five_points(points).to(image)
+            terms["identity"] = unlikeness(*(self.arcface(align_faces(picture, places, 2 * SIDE_PX)) for picture in pictures))
+        if self.likeness is not None:
+            terms["likeness"] = unlikeness(*(self.likeness(0.5 * picture.cpu() + 0.5, points) for picture in pictures)).to(image)
+        if self.sync is not None:
+            terms["sync"] = self.sync(image, int(index[0]))
+        return terms
 
     def _target(self, index: Int[Tensor, " b"]) -> tuple[PictureTarget, Float[Tensor, "b 1 h w"]]:
         image, alpha = self.clip.images(index)
@@ -240,7 +286,8 @@ class Lesson:
 
     def _driving(self, index: Int[Tensor, " b"]) -> Driving:
         true = self.clip.driving(index)
-        noise = torch.randn(true.audio.shape, generator=self.generators["choice"])
+        noise = torch.randn(len(index) // self.run_length, *true.audio.shape[1:], generator=self.generators["choice"])
+        noise = noise.repeat_interleave(self.run_length, 0)
         return dataclasses.replace(true, audio=true.audio + self.config.audio_noise * noise).to(self.device)
 
 
@@ -248,6 +295,11 @@ def lids_brows_gaze(blink: Float[Tensor, "t 1"], upper_face: Float[Tensor, "t 4"
     """Lids, brows and gaze of every frame, standardised."""
     values = torch.cat([blink, upper_face], 1).float()
     return (values - values.mean(0)) / values.std(0, correction=0).clamp(min=1e-6)
+
+
+def face_model_kind(clip: Clip) -> ModelKind:
+    """Say by which kind of face model a clip's points were found."""
+    return "task" if clip.check.get("landmarks") == "face_landmarker.task" else "registry"
 
 
 def structure_loss(image: Float[Tensor, "b 3 h w"], target: Float[Tensor, "b 3 h w"], weight: Float[Tensor, "b 1 h w"]) -> Float[Tensor, ""]:

@@ -95,7 +95,7 @@ def train(
         checkpoint: kept here and resumed from.
 
     Raises:
-        WeightsError: the person was made from another video, the checkpoint belongs to other settings, or LPIPS is asked for and not there.
+        WeightsError: the person was made from another video, the checkpoint belongs to other settings, or the network of a loss is not there.
     """
     config = config or TrainConfig()
     origin = person.provenance.get("source_sha256")

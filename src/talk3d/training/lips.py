@@ -1,9 +1,9 @@
-"""A lip reader of one person, taught on their clip: which shape a picture of their mouth shows.
+"""What lips show: a lip reader of one person, taught on their clip, and the published expert that hears as well.
 
-It is our offline stand-in for a lip-sync expert: where an expert asks whether lips and sound belong together, this one asks whether the rendered
-mouth reads like the filmed one.
+The reader is our offline stand-in for a lip-sync expert: where the expert of Wav2Lip asks whether lips and sound belong together, the reader asks
+whether the rendered mouth reads like the filmed one.
 
-Reference: the idea of a frozen expert of lips is Wav2Lip's (arXiv 2008.10010).
+Reference: the frozen expert of lips is Wav2Lip's (arXiv 2008.10010).
 """
 
 import torch
@@ -11,13 +11,22 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from talk3d.errors import ConfigError
 from talk3d.ops.geometry import fit_similarity
+from talk3d.perception.lipsync import MEL_STEPS, NUM_FRAMES, SYNC_FPS, expert_mel, load_sync_expert
 from talk3d.training.losses import MOUTH, RIGID, MouthShapes
+from talk3d.types import Waveform
 
 CROP_SIDE = 32
 """Pixels a side of what the reader sees."""
 CROP_EXTENT = 1.3
 """Side of the square round the mouth, in units of the mouth's median extent."""
+FACE = (70, 63, 105, 66, 107, 336, 296, 334, 293, 300, 234, 454, 152)
+"""Brows, ears and chin: round them lies what the expert sees."""
+FACE_EXTENT = 1.1
+"""Its width and height, in units of theirs: a chin falls when the mouth opens."""
+FACE_SIDE = 96
+"""Pixels a side of it."""
 
 
 class LipReader(nn.Module):
@@ -42,27 +51,76 @@ class LipReader(nn.Module):
 
 
 def mouth_windows(landmarks: Float[Tensor, "t n 2"], side: int) -> Float[Tensor, "t 2 3"]:
-    """Return where each frame's mouth is, as the affine map from a square of -1…1 to the picture's -1…1, steady on the skull.
+    """Return where each frame's mouth is, as `steady_windows` does: a square with some room round it."""
+    mouth = landmarks.float().median(0).values[list(MOUTH)]
+    extent = CROP_EXTENT * (mouth.amax(0) - mouth.amin(0)).amax()
+    return steady_windows(landmarks, (mouth.amax(0) + mouth.amin(0)) / 2, extent.expand(2), side)
+
+
+def face_windows(landmarks: Float[Tensor, "t n 2"], side: int) -> Float[Tensor, "t 2 3"]:
+    """Return where each frame's face is, from brow to chin and ear to ear, as `steady_windows` does: a box with a little room round it."""
+    face = landmarks.float().median(0).values[list(FACE)]
+    return steady_windows(landmarks, (face.amax(0) + face.amin(0)) / 2, FACE_EXTENT * (face.amax(0) - face.amin(0)), side)
+
+
+def steady_windows(landmarks: Float[Tensor, "t n 2"], centre: Float[Tensor, " 2"], extent: Float[Tensor, " 2"], side: int) -> Float[Tensor, "t 2 3"]:
+    """Return where a box round the median face is in each frame, as the affine map from a square of -1…1 to the picture's -1…1.
 
     Args:
-        landmarks: face points in pixels; only the rigid ones place the window, so that it does not follow the lips.
+        landmarks: face points in pixels; only the rigid ones place the box, so that it does not follow lips and chin.
+        centre: of the box on the median face, pixels.
+        extent: its width and height there, pixels.
         side: of the picture, pixels.
     """
     points = landmarks.float()
-    middle = points.median(0).values
     rigid = list(RIGID)
-    scale, rotation, shift = fit_similarity(points[:, rigid], middle[rigid].expand(len(points), -1, -1))
-    mouth = middle[list(MOUTH)]
-    centre, extent = (mouth.amax(0) + mouth.amin(0)) / 2, (mouth.amax(0) - mouth.amin(0)).amax()
-    linear = (0.5 * CROP_EXTENT * extent / scale)[:, None, None] * rotation.mT  # middle pose to frame: p = Rᵀ (q - shift) / scale
+    middle = points.median(0).values[rigid]
+    scale, rotation, shift = fit_similarity(points[:, rigid], middle.expand(len(points), -1, -1))
+    linear = rotation.mT * (0.5 * extent / scale[:, None])[:, None]  # median face to frame: p = Rᵀ (q - shift) / scale
     place = ((centre - shift)[:, None] @ rotation)[:, 0] / scale[:, None]
     return torch.cat([linear * (2 / side), (place * (2 / side) - 1)[:, :, None]], 2)
 
 
-def mouth_crops(pictures: Float[Tensor, "b 3 h w"], windows: Float[Tensor, "b 2 3"]) -> Float[Tensor, "b 3 s s"]:
-    """Cut the mouths out, at twice the size first so that nothing aliases."""
-    grid = F.affine_grid(windows.to(pictures), [len(pictures), 3, 2 * CROP_SIDE, 2 * CROP_SIDE], align_corners=False)
+def window_crops(pictures: Float[Tensor, "b 3 h w"], windows: Float[Tensor, "b 2 3"], crop_side: int = CROP_SIDE) -> Float[Tensor, "b 3 s s"]:
+    """Cut the windows out, at twice the size first so that nothing aliases."""
+    grid = F.affine_grid(windows.to(pictures), [len(pictures), 3, 2 * crop_side, 2 * crop_side], align_corners=False)
     return F.avg_pool2d(F.grid_sample(pictures, grid, padding_mode="border", align_corners=False), 2)
+
+
+class SyncLoss:
+    """Wav2Lip's expert before one clip: whether five consecutive pictures show what is heard with them."""
+
+    def __init__(self, waveform: Waveform, landmarks: Float[Tensor, "t n 2"], fps: float, side: int, device: str = "cpu") -> None:
+        """Load the expert.
+
+        Args:
+            waveform: of the clip; what comes after the frames of `landmarks` is not heard.
+            landmarks: face points of the frames that may be looked at, pixels.
+            fps: frames a second.
+            side: of the pictures, pixels.
+            device: where to compute.
+
+        Raises:
+            ConfigError: the clip has another rate than the films that the expert learnt from.
+            WeightsError: the expert's weights are not there.
+        """
+        if abs(fps - SYNC_FPS) > 0.01:
+            raise ConfigError(f"weights.sync needs {SYNC_FPS:g} frames a second, got {fps:g}: track the video at {SYNC_FPS:g}, or give a weight of 0")
+        self.expert = load_sync_expert(device=device)
+        self.mel = expert_mel(waveform.cut(0.0, len(landmarks) / fps)).to(device)
+        self.windows = face_windows(landmarks, side)
+
+    def __call__(self, pictures: Float[Tensor, "5 3 h w"], first: int) -> Float[Tensor, ""]:
+        """Return -log of the cosine of what is seen and what is heard, which is taken for the probability that they belong together.
+
+        Args:
+            pictures: frames `first` to `first` + 4, in [-1, 1].
+            first: number of the first one.
+        """
+        seen = self.expert.see(window_crops(pictures, self.windows[first : first + NUM_FRAMES], FACE_SIDE))
+        start = first * MEL_STEPS // NUM_FRAMES
+        heard = self.expert.sound(self.mel[None, None, :, start : start + MEL_STEPS])
+        return -(seen * heard).sum().clamp(1e-3, 1).log()
 
 
 def teach(

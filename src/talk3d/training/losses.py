@@ -3,6 +3,7 @@
 Pictures are premultiplied over black in [-1, 1] and mattes in [0, 1] unless a docstring says otherwise.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from talk3d.errors import ConfigError
 from talk3d.models.conditioning import Conditioner
 from talk3d.models.renderer import TriplaneRenderer
 from talk3d.models.stylegan2 import resize_to
@@ -80,6 +82,26 @@ def picture_losses(rendering: Rendering, target: PictureTarget, weight: Float[Te
         "alpha": (rendering.alpha - target.alpha).abs().mean() + (rendering.raw_alpha - small_alpha).abs().mean(),
         "raw": (rendering.raw - small).abs().mean(),
     }
+
+
+def temporal_loss(
+    image: Float[Tensor, "b 3 h w"], target: Float[Tensor, "b 3 h w"], weight: Float[Tensor, "b 1 h w"], length: int
+) -> Float[Tensor, ""]:
+    """Mean absolute difference of what changes from one frame to the next, rendered and filmed.
+
+    Args:
+        image: runs of consecutive frames, one run after the other.
+        target: the same frames as they were filmed.
+        weight: emphasis of regions, mean about 1; a change counts by the mean of its two frames'.
+        length: of a run, at least 2.
+    """
+    off, emphasis = (x.unflatten(0, (-1, length)) for x in (image - target, weight))
+    return (off.diff(dim=1).abs() * (emphasis[:, 1:] + emphasis[:, :-1]) / 2).mean()
+
+
+def unlikeness(found: Float[Tensor, "b d"], wanted: Float[Tensor, "b d"]) -> Float[Tensor, ""]:
+    """Return 1 - cosine of unit vectors that say who is seen."""
+    return 1 - (found * wanted).sum(1).mean()
 
 
 def depth_loss(rendering: Rendering, truth: Float[Tensor, "b 1 p p"]) -> Float[Tensor, ""]:
@@ -168,6 +190,26 @@ def unusual(values: Float[Tensor, "t k"], num_components: int = 3, neighbours: i
     distance = torch.cdist(points, others).kthvalue(min(neighbours, len(others)), 1).values
     area = distance.square() + 1e-6
     return area / area.sum()
+
+
+def run_chances(chances: Float[Tensor, " t"], length: int, cuts: Sequence[int] = ()) -> Float[Tensor, " r"]:
+    """Return chances of every run of `length` consecutive frames: the mean of its frames', and none where a new shot begins inside.
+
+    Args:
+        chances: of frames.
+        length: of a run; runs of one frame have the frames' chances.
+        cuts: frames at which a new shot begins.
+
+    Raises:
+        ConfigError: there is no such run.
+    """
+    runs = chances.unfold(0, length, 1).mean(1) if length <= len(chances) else chances[:0]
+    for cut in cuts:
+        runs[max(0, cut - length + 1) : cut] = 0
+    if not runs.any():
+        given = f"{len(chances)} frames to learn from and {len(cuts)} cuts"
+        raise ConfigError(f"weights.sync and weights.temporal need {length} frames in a row, got {given}: give a longer film, or weights of 0")
+    return runs
 
 
 def _without_pose(values: Float[Tensor, "t c"], head_pose: Float[Tensor, "t 3"]) -> Float[Tensor, "t c"]:
