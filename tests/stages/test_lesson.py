@@ -100,12 +100,31 @@ def test_a_run_is_driven_in_one_way(avatar: Avatar, clip: Clip) -> None:
 
     lesson.avatar.conditioner.coefficients = watch
     index = torch.tensor([2, 3, 6, 7, 0, 1, 4, 5])
-    lesson._render(index)
+    lesson._render(index, *(torch.Generator().manual_seed(seed) for seed in (5, 6)))
     tracked = (seen[0] == lesson.heard.shapes.values[index]).all(1).view(4, 2)
     assert tracked[:, 0].equal(tracked[:, 1]) and tracked.any() and not tracked.all()
-    noise = lesson._driving(index).audio - clip.driving(index).audio
+    noise = lesson._driving(index, torch.Generator().manual_seed(5)).audio - clip.driving(index).audio
     torch.testing.assert_close(noise[::2], noise[1::2], atol=1e-5, rtol=0)
     assert not torch.allclose(noise[0], noise[2])
+
+
+@pytest.mark.parametrize(("cores", "sizes"), [(1, [4]), (2, [2, 2]), (3, [2, 2]), (8, [1, 1, 1, 1])])
+def test_threads_find_the_gradients_that_one_thread_finds(
+    avatar: Avatar, clip: Clip, monkeypatch: pytest.MonkeyPatch, cores: int, sizes: list[int]
+) -> None:
+    lesson, index, twin = (lesson_of(avatar, clip, QUICK), torch.tensor([2, 9, 4, 0]), lesson_of(avatar, clip, QUICK))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: cores)
+    found = lesson._find_gradients(index)
+    losses = torch.zeros([])
+    for part, seed in zip(index.split(sizes), torch.randint(2**62, (len(sizes),), generator=twin.generators["choice"]).tolist(), strict=True):
+        terms = twin._compare(twin._render(part, *(torch.Generator().manual_seed(seed) for _ in range(2))), part)
+        losses = losses + sum(getattr(QUICK.weights, name) * term for name, term in terms.items()) * len(part) / 4
+    losses.backward()
+    torch.testing.assert_close(sum(getattr(QUICK.weights, name) * value for name, value in found.items()), losses.detach())
+    for mine, plain in zip(lesson.avatar.parameters(), twin.avatar.parameters(), strict=True):
+        assert (mine.grad is None) == (plain.grad is None)
+        if mine.grad is not None:
+            torch.testing.assert_close(mine.grad, plain.grad, atol=1e-6, rtol=1e-3)
 
 
 def test_consecutive_frames_serve_both_terms_that_need_them(avatar: Avatar, clip: Clip, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,5 +232,6 @@ def test_the_bases_see_the_tracked_mouth_as_often_as_asked(avatar: Avatar, clip:
             model = copy.deepcopy(model)
             model.predictor.near.data.copy_(loud.predictor.near)
             lesson = Lesson(model, clip, replace(QUICK, tracked_mouth=share), num_frames=11, device="cpu", seed=0)
-            images.append(lesson._render(torch.tensor([2, 5])).raw.detach())
+            generators = (torch.Generator().manual_seed(seed) for seed in (0, 1))
+            images.append(lesson._render(torch.tensor([2, 5]), *generators).raw.detach())
     assert not torch.allclose(images[0], images[1]) and torch.allclose(images[2], images[3])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import torch
@@ -176,7 +177,8 @@ class Lesson:
         ]
         self.rates = [rate for rate, *_ in groups]
         self.optimizer = torch.optim.Adam([{"params": params, "eps": eps} for _, eps, params in groups], betas=(0.9, 0.99))
-        self.generators = {"choice": torch.Generator().manual_seed(seed), "rays": torch.Generator(device).manual_seed(seed)}
+        self.parameters = [part for _, _, parts in groups for part in parts if part.requires_grad]
+        self.generators = {"choice": torch.Generator().manual_seed(seed)}
 
     def listen(self, progress: Progress) -> None:
         """Teach the audio encoder to tell the shape of the mouth, and the lip reader to read it.
@@ -221,15 +223,41 @@ class Lesson:
         scale = cosine_decay(number / config.steps, 0.05) * min(1.0, (number + 1) / 50)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * scale
-        index = self._draw()
-        terms = self._compare(self._render(index), index)
-        loss = weighted_sum(terms, vars(config.weights))
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        terms = self._find_gradients(self._draw())
         nn.utils.clip_grad_norm_(self.avatar.parameters(), 1.0)
         self.optimizer.step()
         self.average.update(self.avatar, number)
-        return {name: term.detach() for name, term in terms.items()}
+        return terms
+
+    def _find_gradients(self, index: Int[Tensor, " b"]) -> dict[str, Float[Tensor, ""]]:
+        """Put the gradients into the parameters, and return the terms.
+
+        On a CPU every thread takes frames of its own: together, threads wait for each other at each small step of one picture, and where another
+        program runs they wait long. Each part draws from its own generator and parts are added in their order, so that nothing depends on which
+        is ready first.
+        """
+        cores = torch.get_num_threads() if self.device == "cpu" else 1
+        num_runs = len(index) // self.run_length
+        parts = index.split(-(-num_runs // min(cores, num_runs)) * self.run_length)
+        seeds = torch.randint(2**62, (len(parts),), generator=self.generators["choice"]).tolist()
+        shares = [len(part) / len(index) for part in parts]
+        if len(parts) == 1:
+            results = [self._learn_from(index, seeds[0], 1.0)]
+        else:
+            with ThreadPoolExecutor(len(parts), initializer=torch.set_num_threads, initargs=(cores // len(parts),)) as pool:
+                results = list(pool.map(self._learn_from, parts, seeds, shares))
+        for parameter, *gradients in zip(self.parameters, *(found for _, found in results), strict=True):
+            known = [gradient for gradient in gradients if gradient is not None]
+            parameter.grad = torch.stack(known).sum(0) if known else None
+        return {name: torch.stack([terms[name] for terms, _ in results]).sum(0) for name in results[0][0]}
+
+    def _learn_from(self, index: Int[Tensor, " b"], seed: int, share: float) -> tuple[dict[str, Float[Tensor, ""]], tuple[Tensor | None, ...]]:
+        """Predict deltaplanes of some of a step's frames, render, compare: their share in the terms and in the gradients."""
+        choice, rays = torch.Generator().manual_seed(seed), torch.Generator(self.device).manual_seed(seed)
+        terms = self._compare(self._render(index, choice, rays), index)
+        terms = {name: share * term for name, term in terms.items()}
+        loss = weighted_sum(terms, vars(self.config.weights))
+        return {name: term.detach() for name, term in terms.items()}, torch.autograd.grad(loss, self.parameters, allow_unused=True)
 
     def _draw(self) -> Int[Tensor, " b"]:
         """Frames of a step: single ones, or runs of consecutive ones where a term compares or hears these."""
@@ -237,10 +265,9 @@ class Lesson:
         first = torch.multinomial(self.chances, count, replacement=True, generator=self.generators["choice"])
         return (first[:, None] + torch.arange(self.run_length)).flatten()
 
-    def _render(self, index: Int[Tensor, " b"]) -> Rendering:
+    def _render(self, index: Int[Tensor, " b"], choice: torch.Generator, rays: torch.Generator) -> Rendering:
         """Render frames as they are driven; what is drawn by chance is the same for all frames of a run, else it would jump between them."""
-        avatar, choice = self.avatar, self.generators["choice"]
-        driving = self._driving(index)
+        avatar, driving = self.avatar, self._driving(index, choice)
         tokens = avatar.conditioner(driving, choice, self.run_length)
         heard = avatar.conditioner.mouth(tokens)
         tracked = torch.rand(len(index) // self.run_length, 1, generator=choice) < self.config.tracked_mouth
@@ -248,7 +275,7 @@ class Lesson:
         mouth = torch.where(tracked.to(heard.device), self.heard.shapes.values[index].to(heard), heard)
         person = avatar.personalized
         delta = avatar.predictor(person.triplane, tokens, avatar.conditioner.coefficients(driving, mouth))
-        return person.render(person.triplane + delta, self.clip.track.cameras[index].to(self.device), self.generators["rays"])
+        return person.render(person.triplane + delta, self.clip.track.cameras[index].to(self.device), rays)
 
     def _compare(self, rendering: Rendering, index: Int[Tensor, " b"]) -> dict[str, Float[Tensor, ""]]:
         weights = self.config.weights
@@ -284,9 +311,9 @@ class Lesson:
         target = PictureTarget(image=premultiply(image, alpha).to(self.device), alpha=alpha.to(self.device))
         return target, (emphasis / emphasis.mean((1, 2, 3), keepdim=True)).to(self.device)
 
-    def _driving(self, index: Int[Tensor, " b"]) -> Driving:
+    def _driving(self, index: Int[Tensor, " b"], choice: torch.Generator) -> Driving:
         true = self.clip.driving(index)
-        noise = torch.randn(len(index) // self.run_length, *true.audio.shape[1:], generator=self.generators["choice"])
+        noise = torch.randn(len(index) // self.run_length, *true.audio.shape[1:], generator=choice)
         noise = noise.repeat_interleave(self.run_length, 0)
         return dataclasses.replace(true, audio=true.audio + self.config.audio_noise * noise).to(self.device)
 
