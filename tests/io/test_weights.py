@@ -82,7 +82,7 @@ def broken_header(path: Path) -> None:
 @pytest.mark.parametrize("damage", [truncate, scribble, empty, text, broken_header])
 def test_damaged_files_are_refused_in_one_line(saved: Path, damage: Callable[[Path], None]) -> None:
     damage(saved)
-    with pytest.raises(WeightsError, match="is damaged or no safetensors file") as caught:
+    with pytest.raises(WeightsError, match="is no saved thing, or a damaged one") as caught:
         load_tensors(saved, "thing")
     assert saved.name in str(caught.value) and "\n" not in str(caught.value)
 

@@ -1,3 +1,4 @@
+import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +11,7 @@ from talk3d.metrics.film import Networks, Watched
 from talk3d.models.avatar import Avatar
 from talk3d.perception.facetemplate import load_template
 from talk3d.perception.landmarks import FaceBox, FaceObservation
-from talk3d.stages.views import TOKENS, Bench, attention_rows, front_view, make_scene, real_pictures, see_orbit
+from talk3d.stages.views import TOKENS, Bench, attention_rows, front_view, make_scene, network_share, real_pictures, see_orbit
 from talk3d.types import Clip, silent
 
 SIDE = 64
@@ -92,6 +93,22 @@ def test_attention_is_shown_for_every_token(tiny_avatar: Avatar, clip_of: Callab
     assert all(picture.shape == (64, 64, 3) for row in rows for _, picture in row)
     scores = tiny_avatar.score_maps(bench.driving(torch.tensor([12, 14])))
     torch.testing.assert_close(scores.sum(-1), torch.ones(scores.shape[:-1]))
+
+
+def test_the_share_of_motion_is_the_networks_or_the_bases(tiny_avatar: Avatar, clip_of: Callable[..., Clip]) -> None:
+    driving = a_bench(tiny_avatar, clip_of(side=32)).driving(torch.tensor([12, 13, 14]))
+    tiny_avatar, predictor = (found := copy.deepcopy(tiny_avatar)), found.predictor
+    with torch.no_grad():
+        for bases in (predictor.bases, predictor.near):
+            if bases is not None:
+                bases.zero_()
+        for layer in predictor.out.values():
+            layer.weight.normal_()
+        assert network_share(tiny_avatar, driving) == pytest.approx(1, abs=0.05)  # nothing else moves the planes
+        for layer in predictor.out.values():
+            layer.weight.zero_()
+        predictor.near.normal_()
+        assert network_share(tiny_avatar, driving) == 0
 
 
 def test_an_avatar_without_a_network_has_no_attention(make_avatar: Callable[..., Any], clip: Clip) -> None:

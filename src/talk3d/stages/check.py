@@ -38,10 +38,14 @@ class CheckConfig:
 
     def __post_init__(self) -> None:
         """Refuse numbers that cannot work."""
-        if not (1 <= self.fps <= 240 and self.look_s >= self.stretch_s >= 2 and abs(self.audio_offset_ms) <= 10_000):
-            raise ConfigError(
-                f"check needs 1 to 240 fps, parts of 2 s or more and an offset of at most 10 s, got {self}: leave them out for good ones"
-            )
+        for name, fine, wanted in (
+            ("fps", 1 <= self.fps <= 240, "1 to 240 frames a second"),
+            ("stretch_s", self.stretch_s >= 2, "2 s or more"),
+            ("look_s", self.look_s >= self.stretch_s, f"at least the {self.stretch_s:g} s of one part"),
+            ("audio_offset_ms", abs(self.audio_offset_ms) <= 10_000, "10 s at most, either way"),
+        ):
+            if not fine:
+                raise ConfigError(f"{name} is {getattr(self, name):g}, check needs {wanted}: leave it out for a good one")
 
 
 def check(video: Path | str, config: CheckConfig = CheckConfig(), *, face_model: Path | None = None, progress: Progress = silent) -> CaptureReport:
