@@ -246,6 +246,7 @@ class Lesson:
         else:
             with ThreadPoolExecutor(len(parts), initializer=torch.set_num_threads, initargs=(cores // len(parts),)) as pool:
                 results = list(pool.map(self._learn_from, parts, seeds, shares))
+            torch.set_num_threads(cores)  # what the pool set holds for threads to come, too
         for parameter, *gradients in zip(self.parameters, *(found for _, found in results), strict=True):
             known = [gradient for gradient in gradients if gradient is not None]
             parameter.grad = torch.stack(known).sum(0) if known else None
