@@ -72,7 +72,7 @@ def load_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, An
             header = json.loads((file.metadata() or {}).get("talk3d", "null"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
-        raise WeightsError(f"{path} is no saved {kind}, or a damaged one ({error}): give the path of a saved {kind}, or save or fetch it again") from error
+        raise WeightsError(f"{path} is no saved {kind}, or a damaged one ({error}): give the path of one, or save or fetch it again") from error
     if not isinstance(header, dict) or header.get("kind") != kind:
         found = header.get("kind") if isinstance(header, dict) else None
         raise WeightsError(f"{path} holds {found or 'something else'}, expected a talk3d {kind}: give the path of a saved {kind}")
