@@ -79,8 +79,9 @@ class KnownAvatar(Avatar):
 
 
 @pytest.fixture
-def make_avatar() -> Callable[..., KnownAvatar]:
-    """Make avatars of known pictures."""
+def make_avatar(monkeypatch: pytest.MonkeyPatch) -> Callable[..., KnownAvatar]:
+    """Make avatars of known pictures, rendered on one thread: several would note what drove them as they get to it, not in order."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     return KnownAvatar
 
 
