@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from talk3d.errors import ShapeError
-from talk3d.types import Camera
+from talk3d.types import Camera, Rays
 
 
 def cameras(count: int) -> Camera:
@@ -37,3 +37,11 @@ def test_labels_of_other_length_are_refused() -> None:
     unhooked = Camera.from_label.__func__.__wrapped__  # under the hook the shape annotation would speak first
     with pytest.raises(ShapeError, match="25 numbers, got 24"):
         unhooked(Camera, torch.zeros(1, 24))
+
+
+def test_points_of_rays_lie_as_far_from_their_origins_as_asked() -> None:
+    origins, directions = torch.randn(2, 4, 3), torch.nn.functional.normalize(torch.randn(2, 4, 3), dim=-1)
+    distances = 1 + torch.rand(2, 4, 5)
+    points = Rays(origins=origins, directions=directions, near=distances[..., :1], far=distances[..., -1:]).points(distances)
+    for k in range(5):
+        torch.testing.assert_close(points[:, :, k], origins + distances[:, :, k, None] * directions)

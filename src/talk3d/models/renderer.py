@@ -177,8 +177,7 @@ class TriplaneRenderer(nn.Module):
         looks = max(24, config.depth_resolution)
         with torch.no_grad():
             equal = stratified_distances(rays, looks)
-            points = rays.origins.unsqueeze(-2) + equal.unsqueeze(-1) * rays.directions.unsqueeze(-2)  # b r s 3
-            density = self._density(triplane, points.flatten(1, 2)).view(equal.shape)
+            density = self._density(triplane, rays.points(equal).flatten(1, 2)).view(equal.shape)
             bins = guided_bins(segment_weights(density, equal).flatten(0, 1), config.depth_resolution_importance, generator)
             distances = rays.near + bins.view(*equal.shape[:2], -1) * ((rays.far - rays.near) / (looks - 1))
         density, features = self._decode(triplane, rays, distances, generator)
@@ -192,8 +191,7 @@ class TriplaneRenderer(nn.Module):
     def _decode(
         self, triplane: Triplane, rays: Rays, distances: Float[Tensor, "b r s"], generator: torch.Generator | None
     ) -> tuple[Float[Tensor, "b r s"], Float[Tensor, "b r s f"]]:
-        points = rays.origins.unsqueeze(-2) + distances.unsqueeze(-1) * rays.directions.unsqueeze(-2)  # b r s 3
-        density, features = self.query(triplane, points.flatten(1, 2))
+        density, features = self.query(triplane, rays.points(distances).flatten(1, 2))
         if self.training and generator is not None and self.renderer_config.density_noise:
             density = density + self.renderer_config.density_noise * torch.randn(density.shape, device=density.device, generator=generator)
         return density.view(distances.shape), features.view(*distances.shape, -1)

@@ -67,7 +67,7 @@ def limit_to_occupied(rays: Rays, occupied: Bool[Tensor, "s s s"], box_warp: flo
     side = occupied.shape[0]
     step = (rays.far - rays.near) / num_probes
     distances = rays.near + step * (torch.arange(num_probes, device=step.device) + 0.5)  # b r p
-    points = rays.origins.unsqueeze(-2) + distances.unsqueeze(-1) * rays.directions.unsqueeze(-2)
+    points = rays.points(distances)
     cells = ((points / box_warp + 0.5) * side).floor()
     inside = ((cells >= 0) & (cells < side)).all(-1)
     x, y, z = cells.clamp(0, side - 1).long().unbind(-1)

@@ -253,10 +253,9 @@ def network_share(avatar: Avatar, driving: Driving) -> float:
     with torch.no_grad():
         tokens = avatar.conditioner(driving)
         coefficients = avatar.conditioner.coefficients(driving, avatar.conditioner.mouth(tokens))
-        planes, calm = (
-            avatar.predictor(avatar.personalized.triplane, one, coefficients).planes
-            for one in (tokens, tokens.mean(0, keepdim=True).expand_as(tokens))
-        )
+        prefix = avatar.predictor.prepare(avatar.personalized.triplane)
+        calm_tokens = tokens.mean(0, keepdim=True).expand_as(tokens)
+        planes, calm = (avatar.predictor.predict(prefix, one, coefficients).planes for one in (tokens, calm_tokens))
     return float((planes - calm).square().mean().sqrt() / (planes - planes.mean(0)).square().mean().sqrt().clamp(min=1e-12))
 
 

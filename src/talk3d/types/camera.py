@@ -64,3 +64,7 @@ class Rays:
     """Euclidean distance from the origin at which sampling starts."""
     far: Float[Tensor, "*b r 1"]
     """Distance at which sampling ends."""
+
+    def points(self, distances: Float[Tensor, "*b r s"]) -> Float[Tensor, "*b r s 3"]:
+        """Return the places at these distances along each ray, scene units."""
+        return self.origins.unsqueeze(-2) + distances.unsqueeze(-1) * self.directions.unsqueeze(-2)
