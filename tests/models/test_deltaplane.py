@@ -100,6 +100,13 @@ def test_near_bases_lie_at_full_resolution_over_the_face(make_predictor, identit
     assert not changed.any()
 
 
+def test_bases_blended_alone_are_what_they_add(make_predictor, identity: Triplane) -> None:
+    predictor, tokens, weights = make_predictor(num_near=2, num_bases=1), torch.randn(2, 5, 6), torch.randn(2, 3)
+    predictor.scale.fill_(2.5)
+    whole, rest = (predictor(identity, tokens, coefficients).planes for coefficients in (weights, torch.zeros(2, 3)))
+    torch.testing.assert_close(predictor.blend(weights).planes, whole - rest, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("axes", ["fixed", "released"])
 def test_the_window_is_where_the_face_is_looked_up(axes: PlaneAxes) -> None:
     middle = project_points(torch.tensor([[[0.0, -0.05, 0.15]]]), axes, 1.0)[0, :, 0]  # 3 2

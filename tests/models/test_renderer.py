@@ -254,6 +254,14 @@ def test_the_decoder_scales_with_its_learning_rate_factor() -> None:
     torch.testing.assert_close(scaled(x), plain(x))
 
 
+def test_features_are_what_super_resolution_is_given() -> None:
+    renderer, triplane = random_volume(2)
+    camera, occupied = head_camera(torch.randn(2, 3) * 0.2), torch.rand(8, 8, 8) > 0.3
+    whole = renderer.render_triplane(triplane, torch.randn(2, 6), camera, occupied=occupied)
+    features, alpha, depth = renderer.render_features(triplane, camera, SIZES.neural_rendering_resolution, occupied=occupied)
+    assert features.equal(whole.features) and alpha.equal(whole.raw_alpha) and depth.equal(whole.depth)
+
+
 def test_one_style_serves_all_volumes() -> None:
     renderer, triplane = random_volume(2)
     w, camera = torch.randn(1, 6), head_camera(torch.randn(2, 3) * 0.2)

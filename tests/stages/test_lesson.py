@@ -20,7 +20,7 @@ from talk3d.stages.train import TrainConfig, train
 from talk3d.training.losses import unusual
 from talk3d.types import Clip
 
-QUICK = LessonConfig(steps=4, listening_steps=1, listening_frames=4, reading_steps=2, weights=LossWeights(structure=0.3, lips=0.02))
+QUICK = LessonConfig(steps=4, listening_steps=1, listening_frames=4, reading_steps=2, weights=LossWeights(structure=0.3, lips=0.02, sides=0.0))
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def test_terms_are_named_and_a_weight_of_zero_leaves_one_out(avatar: Avatar, cli
     found = terms(avatar, clip, QUICK)
     assert {"image", "detail", "alpha", "raw", "structure", "lips"} == found.keys()
     assert all(value >= 0 for value in found.values())
-    bare = terms(avatar, clip, replace(QUICK, weights=LossWeights(structure=0.0, lips=0.0, detail=0.0)))
+    bare = terms(avatar, clip, replace(QUICK, weights=LossWeights(structure=0.0, lips=0.0, detail=0.0, sides=0.0)))
     assert found.keys() - bare.keys() == {"structure", "lips", "detail"}
     with pytest.raises(ConfigError, match="cannot be negative"):
         LossWeights(image=-1.0)
@@ -117,7 +117,7 @@ def test_threads_find_the_gradients_that_one_thread_finds(
     found = lesson._find_gradients(index)
     losses = torch.zeros([])
     for part, seed in zip(index.split(sizes), torch.randint(2**62, (len(sizes),), generator=twin.generators["choice"]).tolist(), strict=True):
-        terms = twin._compare(twin._render(part, *(torch.Generator().manual_seed(seed) for _ in range(2))), part)
+        terms = twin._compare(twin._render(part, *(torch.Generator().manual_seed(seed) for _ in range(2)))[0], part)
         losses = losses + sum(getattr(QUICK.weights, name) * term for name, term in terms.items()) * len(part) / 4
     losses.backward()
     torch.testing.assert_close(sum(getattr(QUICK.weights, name) * value for name, value in found.items()), losses.detach())
@@ -130,7 +130,7 @@ def test_threads_find_the_gradients_that_one_thread_finds(
 def test_consecutive_frames_serve_both_terms_that_need_them(avatar: Avatar, clip: Clip, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("talk3d.training.lips.load_sync_expert", lambda device: SyncExpert().eval().requires_grad_(False))
     found = terms(avatar, clip, replace(QUICK, weights=LossWeights(sync=0.1, temporal=1.0, likeness=0.3)))
-    assert {"image", "detail", "alpha", "raw", "structure", "sync", "temporal", "likeness"} == found.keys()
+    assert {"image", "detail", "alpha", "raw", "structure", "sides", "sync", "temporal", "likeness"} == found.keys()
     assert all(value >= 0 for value in found.values())
 
 
@@ -233,5 +233,5 @@ def test_the_bases_see_the_tracked_mouth_as_often_as_asked(avatar: Avatar, clip:
             model.predictor.near.data.copy_(loud.predictor.near)
             lesson = Lesson(model, clip, replace(QUICK, tracked_mouth=share), num_frames=11, device="cpu", seed=0)
             generators = (torch.Generator().manual_seed(seed) for seed in (0, 1))
-            images.append(lesson._render(torch.tensor([2, 5]), *generators).raw.detach())
+            images.append(lesson._render(torch.tensor([2, 5]), *generators)[0].raw.detach())
     assert not torch.allclose(images[0], images[1]) and torch.allclose(images[2], images[3])

@@ -8,9 +8,22 @@ import torch.nn.functional as F
 from torch import nn
 
 from talk3d.errors import ConfigError, WeightsError
+from talk3d.ops.geometry import head_camera, project
 from talk3d.perception.lipsync import SyncExpert
-from talk3d.training.lips import CROP_SIDE, FACE, FACE_EXTENT, FACE_SIDE, LipReader, SyncLoss, face_windows, mouth_windows, teach, window_crops
-from talk3d.training.losses import MOUTH, RIGID, MouthShapes
+from talk3d.training.lips import (
+    CROP_SIDE,
+    FACE,
+    FACE_EXTENT,
+    FACE_SIDE,
+    LipReader,
+    SyncLoss,
+    face_windows,
+    mouth_looks,
+    mouth_windows,
+    teach,
+    window_crops,
+)
+from talk3d.training.losses import MOUTH, RIGID, MouthShapes, mouth_shapes
 from talk3d.types import Waveform
 
 
@@ -23,6 +36,20 @@ def faces(count: int) -> torch.Tensor:
     angle, size = 0.2 * torch.sin(time), 1 + 0.1 * torch.cos(2 * time)
     turn = torch.stack([torch.stack([angle.cos(), -angle.sin()], -1), torch.stack([angle.sin(), angle.cos()], -1)], -2)
     return size[:, None, None] * points @ turn.mT + 10 * torch.stack([time.sin(), time.cos()], -1)[:, None]
+
+
+def test_looks_tell_how_far_the_mouth_is_open_however_the_head_is_held_and_lit() -> None:
+    draws = torch.rand(4, 120, generator=torch.Generator().manual_seed(3))
+    opening, light, side = draws[0], 60 * draws[3], 128
+    angles = torch.stack([0.6 * draws[1] - 0.3, 0.3 * draws[2] - 0.15, 0 * draws[0]], -1)
+    cameras = head_camera(angles)
+    lips = project(torch.tensor([[0.0, -0.1, 0.175]]).expand(120, 1, 3), cameras)
+    grid = (torch.arange(side) + 0.5) / side
+    across, down = (line - lips[:, :, axis : axis + 1] for axis, line in enumerate((grid[None, None], grid[None, :, None])))
+    dark = (across.abs() < 0.04) & (down.abs() < 0.002 + 0.02 * opening[:, None, None])
+    pictures = (torch.where(dark, 30.0, 140.0) + light[:, None, None])[:, None].expand(-1, 3, -1, -1) / 127.5 - 1
+    first = mouth_shapes(mouth_looks(pictures, cameras), angles, 120).values[:, 0]
+    assert abs(torch.corrcoef(torch.stack([first, opening]))[0, 1]) > 0.97
 
 
 def test_windows_follow_the_skull_and_not_the_lips() -> None:

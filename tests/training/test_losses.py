@@ -1,5 +1,6 @@
 """Losses against what they mean: zero for equals, closed forms, no dependence on size."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -7,14 +8,17 @@ import torch
 import torch.nn.functional as F
 
 from talk3d.errors import ConfigError
+from talk3d.models.avatar import PersonalizedGenerator
 from talk3d.models.conditioning import Conditioner, ConditioningConfig
 from talk3d.models.renderer import TriplaneRenderer
+from talk3d.ops.geometry import head_camera, view_angles
 from talk3d.presets import TINY
 from talk3d.training.losses import (
-    MOUTH,
+    UNSEEN_DEG,
     Heard,
     MouthShapes,
     PictureTarget,
+    SideViews,
     density_variation,
     depth_loss,
     hearing_losses,
@@ -158,33 +162,38 @@ def test_weighted_sum_multiplies_and_misses_nothing() -> None:
         weighted_sum(terms, {"a": 1.0})
 
 
-def _talking_face(time: torch.Tensor, opening: torch.Tensor, nod: torch.Tensor | float = 0.0) -> torch.Tensor:
-    """A random face that turns in the picture plane, grows, wanders and nods, while points of its mouth move by `opening` pixels."""
-    rest = 200 * torch.rand(468, 2, generator=torch.Generator().manual_seed(1))
-    points = rest.expand(len(time), -1, -1).clone()
-    points[:, [14, 17, 152], 1] += opening[:, None]
-    points[:, list(MOUTH), 1] += torch.as_tensor(nod).expand(len(time))[:, None]  # seen from above, all of the mouth sinks towards the chin
-    angle, size = 0.2 * torch.sin(1.3 * time), 1 + 0.1 * torch.cos(0.7 * time)
-    turn = torch.stack([torch.stack([angle.cos(), -angle.sin()], -1), torch.stack([angle.sin(), angle.cos()], -1)], -2)
-    return size[:, None, None] * points @ turn.mT + 20 * torch.stack([time.sin(), time.cos()], -1)[:, None]
+def _talking_looks(opening: torch.Tensor, pitch: torch.Tensor) -> torch.Tensor:
+    """Forty numbers of a mouth: some go by its opening, and all by the head's pitch and its square."""
+    ways = torch.randn(3, 40, generator=torch.Generator().manual_seed(1))
+    return opening[:, None] * ways[0] + 300 * pitch[:, None] * ways[1] + 500 * pitch.square()[:, None] * ways[2]
 
 
 def test_mouth_shapes_follow_the_mouth_and_not_the_head() -> None:
     time = torch.linspace(0, 20, 120)
-    opening = 10 * torch.sin(3.1 * time)
-    pitch = 0.1 * torch.sin(1.7 * time)
+    opening, pitch = 10 * torch.sin(3.1 * time), 0.1 * torch.sin(1.7 * time)
     pose = torch.stack([0 * time, pitch, 0 * time], 1)
-    shapes = mouth_shapes(_talking_face(time, opening, 300 * pitch + 500 * pitch.square()), pose, 8)
+    shapes = mouth_shapes(_talking_looks(opening, pitch), pose, 120)
     first = shapes.values[:, 0]
     assert abs(torch.corrcoef(torch.stack([first, opening]))[0, 1]) > 0.999
     assert shapes.importance[0] > 0.95 and shapes.importance.sum() == pytest.approx(1)
     assert first.square().mean() == pytest.approx(1, abs=1e-3)
 
 
+def test_mouth_shapes_are_found_in_the_frames_that_are_learnt_from_and_told_of_all() -> None:
+    time = torch.linspace(0, 20, 120)
+    opening, pitch = 10 * torch.sin(3.1 * time), 0.1 * torch.sin(1.7 * time)
+    looks, pose = _talking_looks(opening, pitch), torch.stack([0 * time, pitch, 0 * time], 1)
+    known = mouth_shapes(looks, pose, 90)
+    alone = mouth_shapes(looks[:90], pose[:90], 90)
+    torch.testing.assert_close(known.values[:90, 0], alone.values[:, 0])
+    torch.testing.assert_close(known.importance, alone.importance)
+    assert abs(torch.corrcoef(torch.stack([known.values[90:, 0], opening[90:]]))[0, 1]) > 0.98
+
+
 def test_few_frames_have_few_mouth_shapes_and_the_rest_are_zero() -> None:
-    time = torch.tensor([0.0, 1.0, 2.0])
-    shapes = mouth_shapes(_talking_face(time, 5 * time), torch.zeros(3, 3), 8)
-    assert shapes.values.shape == (3, 8) and bool((shapes.values[:, 3:] == 0).all()) and bool((shapes.importance[3:] == 0).all())
+    shapes = mouth_shapes(torch.randn(3, 40), torch.zeros(3, 3), 3)
+    assert shapes.values.shape == (3, 8) and bool((shapes.values[:, 2:] == 0).all()) and bool((shapes.importance[2:] == 0).all())
+    assert shapes.values.isfinite().all() and bool((shapes.importance[:2] > 0).all())
 
 
 def _listener() -> tuple[Conditioner, Heard]:
@@ -262,3 +271,37 @@ def test_the_shut_mouth_is_that_of_the_least_open_frames() -> None:
     values = torch.arange(20.0)[:, None].expand(-1, 2)
     shapes = MouthShapes(values=values, importance=torch.tensor([0.5, 0.5]))
     assert shut_mouth(shapes, torch.arange(20.0).flip(0)).tolist() == [18.0, 18.0]
+
+
+def _side_person() -> PersonalizedGenerator:
+    torch.manual_seed(3)
+    person = PersonalizedGenerator(TINY.renderer, {})
+    with torch.no_grad():
+        person.identity.normal_()
+        person.renderer.decoder.net[2].bias[0] = 4  # something is there
+    return person
+
+
+def test_a_person_who_stays_as_it_was_looks_so_from_the_side_and_another_does_not() -> None:
+    person = _side_person()
+    filmed = head_camera(torch.tensor([[0.0, 0.0, 0.0], [0.1, 0.1, 0.0]]))
+    sides = SideViews(person, filmed)
+    seen = view_angles(sides.cameras.cam2world[:, :3, :3])[:, :2].rad2deg()
+    assert len(seen) == len(sides.pictures) and torch.cdist(seen, torch.tensor([[0.0, 0.0], [5.7, 5.7]])).min() > UNSEEN_DEG - 0.5
+    assert {round(float(yaw)) for yaw in seen[:, 0]} == set(range(-50, 51, 10))  # straight ahead from above and below
+    choice, rays = torch.Generator().manual_seed(1), torch.Generator().manual_seed(2)
+    same = float(sides.loss(person, person.triplane, choice, rays).detach())
+    brighter = copy.deepcopy(person)
+    with torch.no_grad():
+        brighter.renderer.decoder.net[2].bias[1:4] += 3
+    other = sides.loss(brighter, brighter.triplane, choice, rays)
+    assert same < 0.05 < 0.3 * float(other.detach())
+    (gradient,) = torch.autograd.grad(other, [brighter.identity])
+    assert gradient.abs().max() > 0
+
+
+def test_who_was_filmed_from_everywhere_has_no_sides() -> None:
+    person = _side_person()
+    everywhere = torch.cartesian_prod(torch.arange(-50.0, 51.0, 10.0), torch.arange(-20.0, 21.0, 10.0), torch.tensor([0.0])).deg2rad()
+    sides = SideViews(person, head_camera(everywhere))
+    assert float(sides.loss(person, person.triplane, torch.Generator(), torch.Generator())) == 0

@@ -260,6 +260,12 @@ class DeltaplanePredictor(nn.Module):
             planes = planes + self._in_window(_blend(self.near, coefficients, 0))
         return Triplane(planes=planes * self.scale, axes=self.config.plane_axes)
 
+    def blend(self, coefficients: Float[Tensor, "b m"]) -> Triplane:
+        """Return the linear bases' part of the deltaplane of these weights; networks without bases have none."""
+        assert self.bases is not None and self.near is not None
+        planes = _resample(upsample2, _blend(self.bases, coefficients, self.config.num_near)) + self._in_window(_blend(self.near, coefficients, 0))
+        return Triplane(planes=planes * self.scale, axes=self.config.plane_axes)
+
     def _in_window(self, near: Float[Tensor, "b 3 c h w"]) -> Float[Tensor, "b 3 c p p"]:
         """Put pieces into the window over the face of planes that are zero elsewhere."""
         side = self.config.plane_resolution

@@ -19,11 +19,12 @@ from talk3d.perception.landmarks import mouth_opening
 from talk3d.perception.lipsync import NUM_FRAMES
 from talk3d.perception.perceptual import load_lpips
 from talk3d.stages.personalize import face_emphasis
-from talk3d.training.lips import LipReader, SyncLoss, mouth_windows, teach, window_crops
+from talk3d.training.lips import LipReader, SyncLoss, mouth_looks, mouth_windows, teach, window_crops
 from talk3d.training.loop import Average, cosine_decay
 from talk3d.training.losses import (
     Heard,
     PictureTarget,
+    SideViews,
     hearing_losses,
     mouth_shapes,
     picture_losses,
@@ -35,10 +36,10 @@ from talk3d.training.losses import (
     unusual,
     weighted_sum,
 )
-from talk3d.types import Clip, Driving, Progress, Rendering
+from talk3d.types import Clip, Driving, Progress, Rendering, Triplane
 
 NEGLIGIBLE = 1e-6
-"""Size of gradients of the mouth's bases below which cells hardly move: most are below 1e-5, and those that no frame shows would become noise."""
+"""Size of gradients below which weights hardly move: most of planes and bases are below 1e-5, and cells that no frame shows would become noise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +58,8 @@ class LossWeights:
     """1 - SSIM of the full picture: our offline perceptual term."""
     lips: float = 0.0
     """Mean square difference of what a lip reader, taught on the clip, reads off rendered and filmed mouths: our offline lip-sync term."""
+    sides: float = 1.0
+    """Mean absolute difference of colours and opacity, before super-resolution, from the person as fitted, in views that the film does not show."""
     hearing: float = 1.0
     """Mean square error of the mouth's components heard in the sound, in the lesson of listening, as are the next two."""
     velocity: float = 0.0
@@ -146,7 +149,8 @@ class Lesson:
         """Prepare to teach the avatar on the first `num_frames` frames of the clip."""
         self.avatar, self.clip, self.config, self.device, self.num_frames = avatar.train(), clip, config, device, num_frames
         track, used = clip.track, slice(0, clip.num_training_frames)
-        shapes = mouth_shapes(track.landmarks[used], track.head_pose[used], avatar.config.conditioning.mouth_shapes)
+        looks = [mouth_looks(premultiply(*clip.images(part)), track.cameras[part]) for part in torch.arange(clip.num_training_frames).split(64)]
+        shapes = mouth_shapes(torch.cat(looks), track.head_pose[used], num_frames, avatar.config.conditioning.mouth_shapes)
         quiet = quiet_frames(clip.waveform, clip.fps, num_frames).nonzero()[:, 0]
         shut = shut_mouth(shapes, mouth_opening(track.landmarks[used]))
         self.heard = Heard(audio=clip.audio, shapes=shapes, quiet=quiet, shut=shut)
@@ -170,15 +174,24 @@ class Lesson:
         others = [part for part in [*avatar.conditioner.parameters(), *avatar.predictor.parameters()] if part.requires_grad and part is not near]
         identity_rate = config.identity_rate * float(avatar.predictor.scale)
         groups = [
-            (config.learning_rate, 1e-8, others),
-            (config.renderer_rate, 1e-8, list(avatar.personalized.renderer.parameters())),
-            (identity_rate, 1e-8, [avatar.personalized.identity]),
-            *([] if near is None else [(config.mouth_rate, NEGLIGIBLE, [near])]),
+            (config.learning_rate, others),
+            (config.renderer_rate, list(avatar.personalized.renderer.parameters())),
+            (identity_rate, [avatar.personalized.identity]),
+            *([] if near is None else [(config.mouth_rate, [near])]),
         ]
-        self.rates = [rate for rate, *_ in groups]
-        self.optimizer = torch.optim.Adam([{"params": params, "eps": eps} for _, eps, params in groups], betas=(0.9, 0.99))
-        self.parameters = [part for _, _, parts in groups for part in parts if part.requires_grad]
+        self.rates = [rate for rate, _ in groups]
+        self.optimizer = torch.optim.Adam([{"params": params} for _, params in groups], betas=(0.9, 0.99), eps=NEGLIGIBLE)
+        self.parameters = [part for _, parts in groups for part in parts if part.requires_grad]
+        self.sides = SideViews(avatar.personalized, track.cameras[:num_frames], device) if config.weights.sides else None
+        self.rest = self._mean_coefficients()
         self.generators = {"choice": torch.Generator().manual_seed(seed)}
+
+    def _mean_coefficients(self) -> Float[Tensor, "1 k"]:
+        """Weights of the linear bases of the face at rest: the mean of what drives the frames."""
+        index = torch.linspace(0, self.num_frames - 1, min(self.num_frames, 200)).round().long()
+        driving = self.clip.driving(index).to(self.device)
+        with torch.no_grad():
+            return self.avatar.conditioner.coefficients(driving, self.heard.shapes.values[index].to(driving.blink)).mean(0, keepdim=True)
 
     def listen(self, progress: Progress) -> None:
         """Teach the audio encoder to tell the shape of the mouth, and the lip reader to read it.
@@ -255,7 +268,10 @@ class Lesson:
     def _learn_from(self, index: Int[Tensor, " b"], seed: int, share: float) -> tuple[dict[str, Float[Tensor, ""]], tuple[Tensor | None, ...]]:
         """Predict deltaplanes of some of a step's frames, render, compare: their share in the terms and in the gradients."""
         choice, rays = torch.Generator().manual_seed(seed), torch.Generator(self.device).manual_seed(seed)
-        terms = self._compare(self._render(index, choice, rays), index)
+        rendering, rest = self._render(index, choice, rays)
+        terms = self._compare(rendering, index)
+        if self.sides is not None:
+            terms["sides"] = self.sides.loss(self.avatar.personalized, rest, choice, rays)
         terms = {name: share * term for name, term in terms.items()}
         loss = weighted_sum(terms, vars(self.config.weights))
         return {name: term.detach() for name, term in terms.items()}, torch.autograd.grad(loss, self.parameters, allow_unused=True)
@@ -266,8 +282,11 @@ class Lesson:
         first = torch.multinomial(self.chances, count, replacement=True, generator=self.generators["choice"])
         return (first[:, None] + torch.arange(self.run_length)).flatten()
 
-    def _render(self, index: Int[Tensor, " b"], choice: torch.Generator, rays: torch.Generator) -> Rendering:
-        """Render frames as they are driven; what is drawn by chance is the same for all frames of a run, else it would jump between them."""
+    def _render(self, index: Int[Tensor, " b"], choice: torch.Generator, rays: torch.Generator) -> tuple[Rendering, Triplane]:
+        """Render frames as they are driven, and return the planes of the first one with the bases at rest.
+
+        What is drawn by chance is the same for all frames of a run, else it would jump between them.
+        """
         avatar, driving = self.avatar, self._driving(index, choice)
         tokens = avatar.conditioner(driving, choice, self.run_length)
         heard = avatar.conditioner.mouth(tokens)
@@ -275,8 +294,12 @@ class Lesson:
         tracked = tracked.repeat_interleave(self.run_length, 0)
         mouth = torch.where(tracked.to(heard.device), self.heard.shapes.values[index].to(heard), heard)
         person = avatar.personalized
-        delta = avatar.predictor(person.triplane, tokens, avatar.conditioner.coefficients(driving, mouth))
-        return person.render(person.triplane + delta, self.clip.track.cameras[index].to(self.device), rays)
+        coefficients = avatar.conditioner.coefficients(driving, mouth)
+        planes = person.triplane + avatar.predictor(person.triplane, tokens, coefficients)
+        rest = Triplane(planes=planes.planes[:1], axes=planes.axes)
+        if avatar.predictor.near is not None:
+            rest = rest + avatar.predictor.blend(self.rest - coefficients[:1])
+        return person.render(planes, self.clip.track.cameras[index].to(self.device), rays), rest
 
     def _compare(self, rendering: Rendering, index: Int[Tensor, " b"]) -> dict[str, Float[Tensor, ""]]:
         weights = self.config.weights

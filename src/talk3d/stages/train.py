@@ -39,8 +39,7 @@ class TrainConfig(LessonConfig):
     rays: int | None = None
     """Rays a side of the person's pictures; None takes as many as super-resolution takes as they are."""
     samples: int | None = None
-    """Samples on each ray, at even distances, and as many more where those found something; None takes the prior's, five of eight if
-    there are more rays."""
+    """Samples on each ray, at even distances, and as many more where those found something; None takes the prior's."""
     validation_share: float = 0.06
     """Of the training part, its last frames (50 at most): not learnt from; they choose what is kept."""
     validation_every: int = 200
@@ -181,7 +180,7 @@ def _new_avatar(person: PersonalizedGenerator, clip: Clip, config: TrainConfig, 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         avatar = Avatar(
-            personalized=with_rays(person, *_rays_and_samples(person.renderer.renderer_config, config)),
+            personalized=with_rays(person, config.rays or _most_rays(person.renderer.renderer_config), config.samples),
             config=avatar_sizes(person.renderer.renderer_config, clip.audio.values.shape[-1]),
             performance=Performance.of(track, used),
             background=background_plate(clip),
@@ -193,10 +192,8 @@ def _new_avatar(person: PersonalizedGenerator, clip: Clip, config: TrainConfig, 
     return avatar
 
 
-def _rays_and_samples(prior: RendererConfig, config: TrainConfig) -> tuple[int, int]:
-    rays = config.rays or max(prior.neural_rendering_resolution, prior.superresolution.input_side)
-    few = rays > prior.neural_rendering_resolution
-    return rays, config.samples or (-(-5 * prior.depth_resolution // 8) if few else prior.depth_resolution)
+def _most_rays(prior: RendererConfig) -> int:
+    return max(prior.neural_rendering_resolution, prior.superresolution.input_side)
 
 
 def with_rays(person: PersonalizedGenerator, rays: int | None, samples: int | None) -> PersonalizedGenerator:

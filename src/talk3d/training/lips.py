@@ -12,10 +12,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from talk3d.errors import ConfigError
-from talk3d.ops.geometry import fit_similarity
+from talk3d.ops.geometry import fit_similarity, project
 from talk3d.perception.lipsync import MEL_STEPS, NUM_FRAMES, SYNC_FPS, expert_mel, load_sync_expert
 from talk3d.training.losses import MOUTH, RIGID, MouthShapes
-from talk3d.types import Waveform
+from talk3d.types import Camera, Waveform
 
 CROP_SIDE = 32
 """Pixels a side of what the reader sees."""
@@ -27,6 +27,30 @@ FACE_EXTENT = 1.1
 """Its width and height, in units of theirs: a chin falls when the mouth opens."""
 FACE_SIDE = 96
 """Pixels a side of it."""
+LOOK_SIDE = 24
+"""Pixels a side of what mouths are described by."""
+LOOK_SPAN = ((-0.125, 0.125), (-0.025, -0.245))
+"""From left to right and from the nose to the chin, scene units."""
+
+
+def mouth_looks(pictures: Float[Tensor, "b 3 h w"], cameras: Camera) -> Float[Tensor, "b c"]:
+    """Show the lower face as a camera that follows the head sees it: what a curved piece of head space looks like that holds mouth and chin.
+
+    Colours tell more than face points do: on bearded people a face network may miss half of the lips' motion. Each picture's mean colour is taken
+    away, which light changes and lips hardly, and its border counts less.
+
+    Args:
+        pictures: of the head, in [-1, 1].
+        cameras: that took them.
+    """
+    (left, right), (top, bottom) = LOOK_SPAN
+    y, x = torch.meshgrid(torch.linspace(top, bottom, LOOK_SIDE), torch.linspace(left, right, LOOK_SIDE), indexing="ij")
+    surface = torch.stack([x, y, 0.175 - 2.2 * x.square() - 2.4 * (y + 0.1).clamp(max=0).square()], -1).view(1, -1, 3)
+    seen = project(surface.expand(len(pictures), -1, -1), cameras).unflatten(1, (LOOK_SIDE, LOOK_SIDE))
+    small = F.avg_pool2d(pictures, max(1, pictures.shape[-1] // 128))
+    mouth = F.grid_sample(small, 2 * seen - 1, padding_mode="border", align_corners=False)
+    window = torch.hann_window(LOOK_SIDE + 2, periodic=False)[1:-1].sqrt()
+    return ((mouth - mouth.mean((2, 3), keepdim=True)) * window[:, None] * window).flatten(1)
 
 
 class LipReader(nn.Module):

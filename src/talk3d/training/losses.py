@@ -12,12 +12,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from talk3d.errors import ConfigError
+from talk3d.models.avatar import PersonalizedGenerator
 from talk3d.models.conditioning import Conditioner
 from talk3d.models.renderer import TriplaneRenderer
 from talk3d.models.stylegan2 import resize_to
 from talk3d.ops.compositing import premultiply
-from talk3d.ops.geometry import fit_similarity
-from talk3d.types import AudioFeatures, Rendering, Triplane, Waveform
+from talk3d.ops.geometry import head_camera, view_angles
+from talk3d.types import AudioFeatures, Camera, Rendering, Triplane, Waveform
 
 LOSS_WEIGHTS = {"image": 1.0, "detail": 2.0, "alpha": 0.5, "raw": 0.5}
 """Weights of `picture_losses` where a person is fitted."""
@@ -99,6 +100,54 @@ def temporal_loss(
     return (off.diff(dim=1).abs() * (emphasis[:, 1:] + emphasis[:, :-1]) / 2).mean()
 
 
+UNSEEN_DEG = 12.0
+"""A view is not filmed if no frame is within this of its yaw and pitch."""
+SIDE_RAYS = 48
+"""Rays a side of the views from the side."""
+
+
+class SideViews:
+    """A person before training, seen from where the film does not show them: what no frame corrects should stay as the prior guessed it.
+
+    Planes and decoder fit the filmed views ever better, and with nothing to hold them, cheeks and neck seen from the side become blotchy meanwhile.
+    """
+
+    def __init__(self, person: PersonalizedGenerator, filmed: Camera, device: str = "cpu") -> None:
+        """Take pictures of the person as it is.
+
+        Args:
+            person: not yet trained, on `device`.
+            filmed: cameras of the frames that will be learnt from.
+            device: where to compare.
+        """
+        angles = torch.cartesian_prod(torch.arange(-50.0, 51.0, 10.0), torch.tensor([-20.0, 0.0, 20.0]))  # yaw, pitch
+        seen = view_angles(filmed.cam2world[:, :3, :3])[:, :2].rad2deg()
+        angles = angles[torch.cdist(angles, seen).amin(1) > UNSEEN_DEG]
+        self.cameras = head_camera(F.pad(angles, (0, 1)).deg2rad()).to(device)
+        with torch.no_grad():
+            self.pictures = [self._look(person, person.triplane, self.cameras[number : number + 1], None) for number in range(len(angles))]
+
+    def _look(self, person: PersonalizedGenerator, planes: Triplane, camera: Camera, rays: torch.Generator | None) -> Float[Tensor, "1 4 p p"]:
+        features, alpha, _ = person.renderer.render_features(planes, camera, SIDE_RAYS, generator=rays, occupied=person.occupied)
+        return torch.cat([features[:, :3], alpha], 1)
+
+    def loss(self, person: PersonalizedGenerator, planes: Triplane, choice: torch.Generator, rays: torch.Generator) -> Float[Tensor, ""]:
+        """Compare one view, drawn by `choice`, before super-resolution: mean absolute difference of colours and of opacity. Zero if all was filmed.
+
+        Args:
+            person: as trained so far.
+            planes: its planes at rest, batch 1.
+            choice: which view.
+            rays: jitters the samples.
+        """
+        if not self.pictures:
+            return planes.planes.new_zeros([])
+        number = int(torch.randint(len(self.pictures), (1,), generator=choice))
+        found = self._look(person, planes, self.cameras[number : number + 1], rays)
+        different = (found - self.pictures[number]).abs().mean((0, 2, 3))
+        return different[:3].mean() + different[3]
+
+
 def unlikeness(found: Float[Tensor, "b d"], wanted: Float[Tensor, "b d"]) -> Float[Tensor, ""]:
     """Return 1 - cosine of unit vectors that say who is seen."""
     return 1 - (found * wanted).sum(1).mean()
@@ -149,27 +198,28 @@ class MouthShapes:
     """Share of each component in the mouth's motion; sums to 1."""
 
 
-def mouth_shapes(landmarks: Float[Tensor, "t n 2"], head_pose: Float[Tensor, "t 3"], num_components: int = 8) -> MouthShapes:
-    """Describe the mouth of each frame, with the motion of the head taken out.
+def mouth_shapes(
+    looks: Float[Tensor, "t c"], head_pose: Float[Tensor, "t 3"], num_learnt: int, num_components: int = 8, most: int = 2000
+) -> MouthShapes:
+    """Describe the mouth of each frame by the principal components of its looks, with what the head's pose does to them taken out.
 
-    Turns, shifts and growth in the picture plane go by a similarity on the rigid points; what nods and turns out of the plane do to the mouth's
-    outline is the part that squares of the head's angles predict. The sound cannot tell how the head is held, so it must not be asked to.
+    What nods and turns do is what squares of the head's angles predict. The sound cannot tell how the head is held, so it must not be asked to.
 
     Args:
-        landmarks: face points, pixels.
+        looks: any numbers that tell mouths apart, such as `training.lips.mouth_looks`.
         head_pose: yaw, pitch, roll, radians.
+        num_learnt: how many of the frames, the first ones, all this is found in; the others are told in the same terms.
         num_components: how many components; those that the frames do not have are zero.
+        most: frames, spread over those, that the components are found in.
     """
-    points = landmarks.float()
-    middle = points.median(0).values[list(RIGID)]
-    scale, rotation, shift = fit_similarity(points[:, list(RIGID)], middle.expand(len(points), -1, -1))
-    mouth = scale[:, None, None] * points[:, list(MOUTH)] @ rotation.mT + shift[:, None]
-    flat = mouth.flatten(1)
-    centred = _without_pose(flat - flat.mean(0), head_pose.float())
-    left, spread, _ = torch.linalg.svd(centred, full_matrices=False)
-    values, weights = torch.zeros(len(flat), num_components), torch.zeros(num_components)
-    count = min(num_components, len(spread))
-    values[:, :count], weights[:count] = left[:, :count] * len(flat) ** 0.5, spread[:count]
+    centred = _without_pose(looks, head_pose.float(), num_learnt)
+    few = centred[torch.linspace(0, num_learnt - 1, min(num_learnt, most)).round().long()]
+    _, spread, basis = torch.linalg.svd(few, full_matrices=False)
+    basis = basis[:num_components][spread[:num_components] > 1e-5 * spread[0]]
+    along = centred @ basis.mT
+    weights = along[:num_learnt].square().mean(0).sqrt()
+    room = (0, num_components - len(basis))
+    values, weights = F.pad(along / weights, room), F.pad(weights, room)
     return MouthShapes(values=values, importance=weights / weights.sum().clamp(min=1e-9))
 
 
@@ -212,13 +262,17 @@ def run_chances(chances: Float[Tensor, " t"], length: int, cuts: Sequence[int] =
     return runs
 
 
-def _without_pose(values: Float[Tensor, "t c"], head_pose: Float[Tensor, "t 3"]) -> Float[Tensor, "t c"]:
-    """Take out of centred values what a quadratic in the head's angles predicts; a faint ridge copes with a head that is still."""
-    angles = (head_pose - head_pose.mean(0)) / head_pose.std(0, correction=0).clamp(min=1e-3)
+def _without_pose(values: Float[Tensor, "t c"], head_pose: Float[Tensor, "t 3"], num_learnt: int) -> Float[Tensor, "t c"]:
+    """Take out of values their mean and what a quadratic in the head's angles predicts, as found in the first frames.
+
+    A faint ridge copes with a head that is still.
+    """
+    learnt = slice(0, num_learnt)
+    angles = (head_pose - head_pose[learnt].mean(0)) / head_pose[learnt].std(0, correction=0).clamp(min=1e-3)
     terms = torch.cat([angles, angles.square(), angles * angles.roll(1, 1)], 1)
-    terms = terms - terms.mean(0)
-    ridge = 0.01 * torch.eye(terms.shape[1])
-    return values - terms @ torch.linalg.solve(terms.mT @ terms + ridge, terms.mT @ values)
+    terms, values = terms - terms[learnt].mean(0), values - values[learnt].mean(0)
+    known, ridge = terms[learnt], 0.01 * torch.eye(terms.shape[1])
+    return values - terms @ torch.linalg.solve(known.mT @ known + ridge, known.mT @ values[learnt])
 
 
 def quiet_frames(waveform: Waveform, fps: float, count: int, threshold: float = 0.05) -> Bool[Tensor, " t"]:
