@@ -74,6 +74,7 @@ ROWS = {
     "sound-alone": Row(question="tokens: nothing but the sound", still=("blink", "upper_face", "head_pose", "anchors")),
     "no-dropping": Row(question="tokens: none is ever dropped in training", conditioning={"drop_rate": 0.0}),
     "no-structure": Row(question="losses: without the structural (SSIM) term", train={"weights.structure": 0.0}),
+    "no-sides": Row(question="losses: nothing holds the sides that are not filmed", train={"weights.sides": 0.0}),
     "lips": Row(question="losses: with the lip reader's term", train={"weights.lips": 0.3}),
     "perceptual": Row(question="losses: with LPIPS (needs lpips-alex)", train={"weights.perceptual": 0.1}),
     "no-mouth-emphasis": Row(question="losses: the mouth counts like the face", train={"mouth_emphasis": 3.0}),
