@@ -108,6 +108,22 @@ def test_a_run_is_driven_in_one_way(avatar: Avatar, clip: Clip) -> None:
     assert not torch.allclose(noise[0], noise[2])
 
 
+def test_sides_are_held_with_the_bases_at_rest(avatar: Avatar, clip: Clip) -> None:
+    lesson = lesson_of(avatar, clip, replace(QUICK, weights=LossWeights()))
+    model, index = lesson.avatar, torch.tensor([4, 7])
+    model.conditioner.config = replace(model.conditioner.config, drop_rate=0.0)
+    torch.nn.init.normal_(model.predictor.near)
+    torch.nn.init.normal_(model.predictor.bases)
+    _, rest = lesson._render(index, *(torch.Generator().manual_seed(seed) for seed in (5, 6)))
+    driving = lesson._driving(index, torch.Generator().manual_seed(5))
+    expected = model.personalized.triplane + model.predictor(model.personalized.triplane, model.conditioner(driving)[:1], lesson.rest)
+    torch.testing.assert_close(rest.planes, expected.planes, atol=1e-4, rtol=1e-4)
+    track, frames = clip.track, torch.arange(11)
+    mean = torch.cat([2 * track.blink, 20 * track.upper_face, 4 * track.head_pose, 4 * track.anchors[:, :2]], 1)[frames].mean(0)
+    torch.testing.assert_close(lesson.rest[0, -10:], mean)
+    assert lesson_of(avatar, clip, QUICK).sides is None and float(lesson.step(0)["sides"]) >= 0
+
+
 @pytest.mark.parametrize(("cores", "sizes"), [(1, [4]), (2, [2, 2]), (3, [2, 2]), (8, [1, 1, 1, 1])])
 def test_threads_find_the_gradients_that_one_thread_finds(
     avatar: Avatar, clip: Clip, monkeypatch: pytest.MonkeyPatch, cores: int, sizes: list[int]
