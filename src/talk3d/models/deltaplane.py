@@ -253,17 +253,20 @@ class DeltaplanePredictor(nn.Module):
         x = self.Upnet.apply_stage(3, x)
         if not self.config.released:
             x = apply_per_slot(self.out, x)  # linear and before the upsampling, which is linear too
+        return self._with_bases(x, coefficients)
+
+    def blend(self, coefficients: Float[Tensor, "b m"]) -> Triplane:
+        """Return the linear bases' part of the deltaplane of these weights: zero where there are none."""
+        side = self.config.plane_resolution // 2
+        return self._with_bases(self.scale.new_zeros(len(coefficients), 3, self.config.plane_channels, side, side), coefficients)
+
+    def _with_bases(self, x: Float[Tensor, "b 3 c h w"], coefficients: Float[Tensor, "b m"] | None) -> Triplane:
+        """Add the linear bases to what is painted at half the planes' resolution, in units of the identity planes."""
         if self.bases is not None:
             x = x + _blend(self.bases, coefficients, self.config.num_near)
         planes = _resample(upsample2, x)
         if self.near is not None:
             planes = planes + self._in_window(_blend(self.near, coefficients, 0))
-        return Triplane(planes=planes * self.scale, axes=self.config.plane_axes)
-
-    def blend(self, coefficients: Float[Tensor, "b m"]) -> Triplane:
-        """Return the linear bases' part of the deltaplane of these weights; networks without bases have none."""
-        assert self.bases is not None and self.near is not None
-        planes = _resample(upsample2, _blend(self.bases, coefficients, self.config.num_near)) + self._in_window(_blend(self.near, coefficients, 0))
         return Triplane(planes=planes * self.scale, axes=self.config.plane_axes)
 
     def _in_window(self, near: Float[Tensor, "b 3 c h w"]) -> Float[Tensor, "b 3 c p p"]:

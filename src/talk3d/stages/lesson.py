@@ -268,10 +268,10 @@ class Lesson:
     def _learn_from(self, index: Int[Tensor, " b"], seed: int, share: float) -> tuple[dict[str, Float[Tensor, ""]], tuple[Tensor | None, ...]]:
         """Predict deltaplanes of some of a step's frames, render, compare: their share in the terms and in the gradients."""
         choice, rays = torch.Generator().manual_seed(seed), torch.Generator(self.device).manual_seed(seed)
-        rendering, rest = self._render(index, choice, rays)
+        rendering, planes, coefficients = self._render(index, choice, rays)
         terms = self._compare(rendering, index)
         if self.sides is not None:
-            terms["sides"] = self.sides.loss(self.avatar.personalized, rest, choice, rays)
+            terms["sides"] = self.sides.loss(self.avatar.personalized, self._at_rest(planes, coefficients), choice, rays)
         terms = {name: share * term for name, term in terms.items()}
         loss = weighted_sum(terms, vars(self.config.weights))
         return {name: term.detach() for name, term in terms.items()}, torch.autograd.grad(loss, self.parameters, allow_unused=True)
@@ -282,8 +282,8 @@ class Lesson:
         first = torch.multinomial(self.chances, count, replacement=True, generator=self.generators["choice"])
         return (first[:, None] + torch.arange(self.run_length)).flatten()
 
-    def _render(self, index: Int[Tensor, " b"], choice: torch.Generator, rays: torch.Generator) -> tuple[Rendering, Triplane]:
-        """Render frames as they are driven, and return the planes of the first one with the bases at rest.
+    def _render(self, index: Int[Tensor, " b"], choice: torch.Generator, rays: torch.Generator) -> tuple[Rendering, Triplane, Float[Tensor, "b k"]]:
+        """Render frames as they are driven; return their planes and the weights of the linear bases, too.
 
         What is drawn by chance is the same for all frames of a run, else it would jump between them.
         """
@@ -296,10 +296,11 @@ class Lesson:
         person = avatar.personalized
         coefficients = avatar.conditioner.coefficients(driving, mouth)
         planes = person.triplane + avatar.predictor(person.triplane, tokens, coefficients)
-        rest = Triplane(planes=planes.planes[:1], axes=planes.axes)
-        if avatar.predictor.near is not None:
-            rest = rest + avatar.predictor.blend(self.rest - coefficients[:1])
-        return person.render(planes, self.clip.track.cameras[index].to(self.device), rays), rest
+        return person.render(planes, self.clip.track.cameras[index].to(self.device), rays), planes, coefficients
+
+    def _at_rest(self, planes: Triplane, coefficients: Float[Tensor, "b k"]) -> Triplane:
+        """Return the first of the planes with the linear bases at rest."""
+        return Triplane(planes=planes.planes[:1], axes=planes.axes) + self.avatar.predictor.blend(self.rest - coefficients[:1])
 
     def _compare(self, rendering: Rendering, index: Int[Tensor, " b"]) -> dict[str, Float[Tensor, ""]]:
         weights = self.config.weights

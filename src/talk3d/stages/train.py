@@ -169,7 +169,8 @@ def even_out(avatar: Avatar, clip: Clip, mouth: MouthShapes, frames: Int[Tensor,
 
 def _new_avatar(person: PersonalizedGenerator, clip: Clip, config: TrainConfig, seed: int) -> Avatar:
     used = slice(0, clip.num_training_frames)
-    track = clip.track
+    track, prior = clip.track, person.renderer.renderer_config
+    rays = config.rays or max(prior.neural_rendering_resolution, prior.superresolution.input_side)
     provenance = {
         "source_sha256": clip.source_sha256,
         "frames": clip.num_training_frames,
@@ -180,8 +181,8 @@ def _new_avatar(person: PersonalizedGenerator, clip: Clip, config: TrainConfig, 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         avatar = Avatar(
-            personalized=with_rays(person, config.rays or _most_rays(person.renderer.renderer_config), config.samples),
-            config=avatar_sizes(person.renderer.renderer_config, clip.audio.values.shape[-1]),
+            personalized=with_rays(person, rays, config.samples),
+            config=avatar_sizes(prior, clip.audio.values.shape[-1]),
             performance=Performance.of(track, used),
             background=background_plate(clip),
             audio_source=clip.audio.source,
@@ -190,10 +191,6 @@ def _new_avatar(person: PersonalizedGenerator, clip: Clip, config: TrainConfig, 
         )
     avatar.predictor.scale.copy_(person.identity.detach().std())
     return avatar
-
-
-def _most_rays(prior: RendererConfig) -> int:
-    return max(prior.neural_rendering_resolution, prior.superresolution.input_side)
 
 
 def with_rays(person: PersonalizedGenerator, rays: int | None, samples: int | None) -> PersonalizedGenerator:
