@@ -71,8 +71,9 @@ def test_the_surface_holds_what_does_not_speak():
     assert (surface.points[:, :2] - eye).norm(dim=-1).min() > 0.015
 
 
-def test_drawn_up_brows_do_not_move_the_head():
-    """A painted face whose forehead slides up: its pose stays to a tenth of a pixel, where a rigid forehead would drag it along."""
+@pytest.mark.parametrize(("drawn", "trust"), [((0.012, 0.0, 0.004, 0.0), "BROW_TRUST"), ((0.0, 0.0, 0.0, 0.012), "CHEEK_TRUST")])
+def test_drawn_up_skin_does_not_move_the_head(drawn: tuple[float, ...], trust: str):
+    """A painted face whose forehead or cheeks slide up: its pose stays to a tenth of a pixel, where rigid skin would drag it along."""
     face = load_template("task").points.double()
     surface = al.Surface(face)
     turns = 0.08 * torch.tensor([[np.sin(k), np.cos(1.7 * k), 0.3 * np.sin(2.3 * k)] for k in range(12)], dtype=torch.float64)
@@ -86,13 +87,13 @@ def test_drawn_up_brows_do_not_move_the_head():
         residual_px=torch.zeros(12),
         smoothing={},
     )
-    lifted = torch.zeros(12, 3)
-    lifted[::3] = torch.tensor([0.012, 0.0, 0.004])
+    lifted = torch.zeros(12, 4)
+    lifted[::3] = torch.tensor(drawn)
     start = replace(true, rotation=rotation_from_vector(0.01 * turns.roll(1, 0) / 0.08) @ true.rotation)
     worst = {}
-    for name, trust in (("free", al.BROW_TRUST), ("rigid", 1e-6)):
+    for name, freedom in (("free", getattr(al, trust)), ("rigid", 1e-6)):
         with tempfile.TemporaryFile() as file, pytest.MonkeyPatch.context() as patch:
-            patch.setattr(al, "BROW_TRUST", trust)
+            patch.setattr(al, trust, freedom)
             views = al.FaceViews(file)
             for index in range(12):
                 views.put(index, *_painted(surface, true, index, lifted[index]))
@@ -104,10 +105,10 @@ def test_drawn_up_brows_do_not_move_the_head():
     assert worst["rigid"] > 2 * worst["free"]
 
 
-def _painted(surface: al.Surface, motion: HeadMotion, index: int, brows: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+def _painted(surface: al.Surface, motion: HeadMotion, index: int, drawn: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
     """A picture of the surface with waves painted on its skin, and where its corners are seen."""
     skin = surface.points.double()
-    moved = skin + (surface.lifts @ brows).double()
+    moved = skin + (surface.lifts @ drawn).double()
     seen = motion.focal_px * (local := moved @ motion.rotation[index].T + motion.translation[index])[:, :2] / local[:, 2:] + 128
     x, y = (200 * skin[:, :2]).T.numpy()
     paint = 128 + 30 * np.sin(x + 0.5 * y) + 30 * np.sin(1.3 * y) + 30 * np.sin(0.4 * x - 0.8 * y)

@@ -48,6 +48,11 @@ NOSE_BRIDGE, FOREHEAD_TOP = 197, 10
 """Below the first nothing is drawn up with the brows."""
 BROW_TRUST = 0.015
 """How far brows are drawn up or down, scene units."""
+LOWER_LIDS, NOSE_BASE, NOSE_WINGS, CHEEK_BONES = (145, 374), (98, 327), (129, 358), (116, 345)
+"""Smiles draw up what lies below the first, in full from half the way to the second, and beside the third, in full from 40 % of the way to
+the fourth."""
+CHEEK_TRUST = 0.005
+"""How far smiles draw cheeks up, scene units; with more freedom cheeks say less of how a head is held."""
 
 NOISE = 0.35
 """Least difference between skins, in units of their local contrast, that is no news."""
@@ -119,18 +124,21 @@ class Surface:
         kept = fixed & np.isfinite(points).all(-1) & np.isfinite(normal).all(-1)
         self.points = torch.from_numpy(points[kept]).float()
         self.normals = torch.nn.functional.normalize(torch.from_numpy(normal[kept]).float(), dim=-1)
-        self.lifts = _brow_lifts(self.points, self.normals, face.float())
+        self.lifts = _lifts(self.points, self.normals, face.float())
 
 
-def _brow_lifts(points: Float[Tensor, "n 3"], normals: Float[Tensor, "n 3"], face: Float[Tensor, "p 3"]) -> Float[Tensor, "n 3 3"]:
-    """How the skin moves along itself as brows are drawn up: both, one more than the other, and what the forehead above them does; last axis."""
+def _lifts(points: Float[Tensor, "n 3"], normals: Float[Tensor, "n 3"], face: Float[Tensor, "p 3"]) -> Float[Tensor, "n 3 4"]:
+    """How the skin moves along itself as it is drawn up; last axis: both brows, one more than the other, the forehead above them, both cheeks."""
     bridge, brows, top = face[NOSE_BRIDGE, 1], face[list(BROW_POINTS), 1].mean(), face[FOREHEAD_TOP, 1]
     low = ((points[:, 1] - bridge) / (brows - bridge)).clamp(0, 1)
     high = ((points[:, 1] - brows) / (top - brows)).clamp(0, 1)
     side = points[:, 0] / points[:, 0].abs().max()
+    lids, nose = (face[list(there), 1].mean() for there in (LOWER_LIDS, NOSE_BASE))
+    wings, bones = (face[list(there), 0].abs().mean() for there in (NOSE_WINGS, CHEEK_BONES))
+    cheeks = (2 * (lids - points[:, 1]) / (lids - nose)).clamp(0, 1) * ((points[:, 0].abs() - wings) / (0.4 * (bones - wings))).clamp(0, 1)
     up = torch.tensor([0.0, 1.0, 0.0])
     along = torch.nn.functional.normalize(up - normals[:, 1:2] * normals, dim=-1)
-    return along[..., None] * torch.stack([low, low * side, high], -1)[:, None]
+    return along[..., None] * torch.stack([low, low * side, high, cheeks], -1)[:, None]
 
 
 def refine_motion(motion: HeadMotion, views: FaceViews, pictures: Int[Tensor, " t"], image_size: tuple[int, int]) -> HeadMotion:
@@ -153,7 +161,7 @@ class _Alignment:
         self.centre = torch.tensor(image_size) / 2
         self.surface = Surface(motion.face)
         self.rotation, self.translation = motion.rotation.float(), motion.translation.float()
-        self.brows = torch.zeros(len(self.rotation), 3)
+        self.drawn = torch.zeros(len(self.rotation), self.surface.lifts.shape[-1])
         self.look = torch.zeros(len(self.surface.points))
         self.weight = torch.ones(len(self.surface.points))
 
@@ -171,7 +179,7 @@ class _Alignment:
     def _settle(self, frames: Tensor) -> None:
         """Look and poses in turn, from the start."""
         self.rotation[frames], self.translation[frames] = self.motion.rotation[frames].float(), self.motion.translation[frames].float()
-        self.brows[frames] = 0
+        self.drawn[frames] = 0
         self.look, self.weight = torch.zeros(len(self.surface.points)), torch.ones(len(self.surface.points))
         for _ in range(3):
             self._update_look(frames)
@@ -185,9 +193,9 @@ class _Alignment:
         doubt = len(frames) * LIVELY_RAD**2
         return float(((points @ skin + doubt) / (points @ points + doubt)).clamp(0.75, 1.3))
 
-    def _sample(self, pictures: Tensor, squares: Tensor, rotation: Tensor, translation: Tensor, brows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _sample(self, pictures: Tensor, squares: Tensor, rotation: Tensor, translation: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What the pictures show at the surface's points, b 3 n; the points in the camera, b n 3; and how squarely they are seen, b n."""
-        local = (self.surface.points + torch.einsum("nil,bl->bni", self.surface.lifts, brows)) @ rotation.mT + translation[:, None]
+        local = (self.surface.points + torch.einsum("nil,bl->bni", self.surface.lifts, drawn)) @ rotation.mT + translation[:, None]
         seen = self.motion.focal_px * local[..., :2] / local[..., 2:] + self.centre
         grid = 2 * (seen - squares[:, None, :2]) / squares[:, None, 2:] - 1
         values = torch.nn.functional.grid_sample(pictures, grid[:, None], mode="bilinear", padding_mode="border", align_corners=False)[:, :, 0]
@@ -198,34 +206,34 @@ class _Alignment:
     def _update_look(self, frames: Tensor) -> None:
         """Median look of each point, and less weight for points that change."""
         pictures, squares = self.views.read(self.pictures[frames])
-        values, _, facing = self._sample(pictures, squares, self.rotation[frames], self.translation[frames], self.brows[frames])
+        values, _, facing = self._sample(pictures, squares, self.rotation[frames], self.translation[frames], self.drawn[frames])
         shown = torch.where(facing > 0.1, values[:, 0], torch.nan)
         self.look = shown.nanmedian(0).values.nan_to_num()
         spread = 1.48 * (shown - self.look).abs().nanmedian(0).values.nan_to_num(1e3)
         self.weight = 1 / (spread.square() + NOISE**2)
 
     def _refine(self, frames: Tensor, num_steps: int) -> None:
-        """Gauss-Newton on each frame's pose and brows, drawn to the pose of the face points and to brows at rest."""
+        """Gauss-Newton on each frame's pose and what is drawn up, held to the pose of the face points and to skin at rest."""
         pictures, squares = self.views.read(self.pictures[frames])
         first_rotation, first_translation = self.motion.rotation[frames].float(), self.motion.translation[frames].float()
-        rotation, translation, brows = self.rotation[frames], self.translation[frames], self.brows[frames]
-        trust = torch.tensor([*TRUST, *3 * (BROW_TRUST,)]).pow(-2)
+        rotation, translation, drawn = self.rotation[frames], self.translation[frames], self.drawn[frames]
+        trust = torch.tensor([*TRUST, *3 * (BROW_TRUST,), CHEEK_TRUST]).pow(-2)
         for _ in range(num_steps):
-            values, local, facing = self._sample(pictures, squares, rotation, translation, brows)
+            values, local, facing = self._sample(pictures, squares, rotation, translation, drawn)
             error = values[:, 0] - self.look
             weight = INDEPENDENT * self.weight * facing * huber_weight(error.abs() * self.weight.sqrt(), torch.tensor(1.5))
             slope = values[:, 1:].mT * (self.motion.focal_px * SIDE_PX / squares[:, 2])[:, None, None] / local[..., 2:]  # b n 2
             by_place = torch.cat([slope, -(slope * local[..., :2] / local[..., 2:]).sum(-1, keepdim=True)], -1)
             by_turn = torch.cross(local - translation[:, None], by_place, dim=-1)
-            by_brows = torch.einsum("bni,nil->bnl", by_place @ rotation, self.surface.lifts)
-            jacobian = torch.cat([by_turn, by_place, by_brows], -1)  # b n 9
+            by_lifts = torch.einsum("bni,nil->bnl", by_place @ rotation, self.surface.lifts)
+            jacobian = torch.cat([by_turn, by_place, by_lifts], -1)  # b n 10
             weighted = (weight[..., None] * jacobian).mT
-            moved = torch.cat([vector_from_rotation(rotation @ first_rotation.mT), translation - first_translation, brows], -1)
+            moved = torch.cat([vector_from_rotation(rotation @ first_rotation.mT), translation - first_translation, drawn], -1)
             gradient = (weighted @ error[..., None])[..., 0] + trust * moved
             step = torch.linalg.solve(weighted @ jacobian + torch.diag(trust), gradient)
             rotation = rotation_from_vector(-step[:, :3]) @ rotation
-            translation, brows = translation - step[:, 3:6], brows - step[:, 6:]
-        self.rotation[frames], self.translation[frames], self.brows[frames] = rotation, translation, brows
+            translation, drawn = translation - step[:, 3:6], drawn - step[:, 6:]
+        self.rotation[frames], self.translation[frames], self.drawn[frames] = rotation, translation, drawn
 
 
 def _inside(points: np.ndarray, outline: np.ndarray) -> np.ndarray:

@@ -25,7 +25,6 @@ from talk3d.stages.lesson import Lesson, LessonConfig
 from talk3d.stages.personalize import face_emphasis
 from talk3d.stages.viewpoints import trained_views
 from talk3d.training.loop import Best, Loop
-from talk3d.training.losses import MouthShapes
 from talk3d.types import Clip, Progress, silent
 
 MAX_VALIDATION = 50
@@ -122,8 +121,6 @@ def train(
     loop.run("train", config.steps, step, progress)
     result = best.module
     assert isinstance(result, Avatar)
-    if len(validation):
-        even_out(result.cpu(), clip, lesson.heard.shapes, validation)
     return result.cpu().eval()
 
 
@@ -140,31 +137,6 @@ def picture_error(avatar: nn.Module, clip: Clip, frames: Int[Tensor, " v"], devi
         error = (image - premultiply(*clip.images(index))).abs().mean(1, keepdim=True)
         errors.append((error * weight).mean((1, 2, 3)) / weight.mean((1, 2, 3)))
     return torch.cat(errors).mean()
-
-
-def even_out(avatar: Avatar, clip: Clip, mouth: MouthShapes, frames: Int[Tensor, " v"]) -> None:
-    """Raise what is heard of the mouth to the spread that the mouth really had: a mean square error is least for motion that is too small.
-
-    How reliably each component is heard is measured on frames that nothing was learnt from; what is hardly heard stays small.
-
-    Args:
-        avatar: changed in place, on the CPU.
-        clip: what it listens to.
-        mouth: the components of the training part.
-        frames: frames that were not learnt from; with fewer than 16 nothing is done.
-    """
-    head = avatar.conditioner.mouth_head
-    if head is None or len(frames) < 16:
-        return
-    with torch.no_grad():
-        heard = head(avatar.conditioner.audio_token(clip.audio.around(frames).to(head.weight)))
-        tracked = mouth.values[frames].to(heard)
-        heard, tracked = heard - heard.mean(0), tracked - tracked.mean(0)
-        spread, wanted = (x.square().mean(0).sqrt().clamp(min=1e-6) for x in (heard, tracked))
-        reliable = (heard * tracked).mean(0) / (spread * wanted) > 0.5
-        gain = torch.where(reliable, (wanted / spread).clamp(1, 1.5), torch.ones_like(spread))
-        head.weight.mul_(gain[:, None])
-        head.bias.mul_(gain)
 
 
 def _new_avatar(person: PersonalizedGenerator, clip: Clip, config: TrainConfig, seed: int) -> Avatar:
