@@ -1,6 +1,7 @@
 """One step of training an avatar: draw frames, predict their deltaplanes, render, compare, descend."""
 
 import dataclasses
+import functools
 import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -97,7 +98,7 @@ class LessonConfig:
     """Steps of the lesson before, in which the audio encoder learns to tell the shape of the mouth."""
     listening_frames: int = 64
     """Frames in one such step; nothing is rendered."""
-    listening_rate: float = 2e-3
+    listening_rate: float = 4e-3
     """AdamW's rate in that lesson at the start; falls to zero."""
     listening_decay: float = 0.3
     """AdamW's weight decay in that lesson, so that it learns sounds rather than frames."""
@@ -262,7 +263,7 @@ class Lesson:
             torch.set_num_threads(cores)  # what the pool set holds for threads to come, too
         for parameter, *gradients in zip(self.parameters, *(found for _, found in results), strict=True):
             known = [gradient for gradient in gradients if gradient is not None]
-            parameter.grad = torch.stack(known).sum(0) if known else None
+            parameter.grad = functools.reduce(torch.add, known) if known else None
         return {name: torch.stack([terms[name] for terms, _ in results]).sum(0) for name in results[0][0]}
 
     def _learn_from(self, index: Int[Tensor, " b"], seed: int, share: float) -> tuple[dict[str, Float[Tensor, ""]], tuple[Tensor | None, ...]]:
