@@ -15,7 +15,7 @@ from talk3d.models.avatar import Avatar, PersonalizedGenerator, Prior
 from talk3d.perception.facetemplate import load_template
 from talk3d.perception.identity import ArcFace, load_identity
 from talk3d.perception.lipsync import SyncExpert
-from talk3d.stages.lesson import Lesson, LessonConfig, LossWeights, face_model_kind, lids_brows_gaze, structure_loss
+from talk3d.stages.lesson import NEGLIGIBLE, Lesson, LessonConfig, LossWeights, face_model_kind, lids_brows_gaze, structure_loss
 from talk3d.stages.train import TrainConfig, train
 from talk3d.training.losses import unusual
 from talk3d.types import Clip
@@ -123,6 +123,21 @@ def test_sides_are_held_with_the_bases_at_rest(avatar: Avatar, clip: Clip) -> No
     mean = torch.cat([2 * track.blink, 20 * track.upper_face, 4 * track.head_pose, 4 * track.anchors[:, :2]], 1)[frames].mean(0)
     torch.testing.assert_close(lesson.rest[0, -10:], mean)
     assert lesson_of(avatar, clip, QUICK).sides is None and float(lesson.step(0)["sides"]) >= 0
+
+
+def test_the_first_step_is_that_of_adam(avatar: Avatar, clip: Clip) -> None:
+    """Gradients of any memory layout move their own weights: by the rate, in closed form, where they are not negligible."""
+    lesson = lesson_of(avatar, clip, LessonConfig(frames_per_step=2, listening_steps=0))
+    before = [part.detach().clone() for part in lesson.parameters]
+    lesson.step(0)
+    rates = {part: group["lr"] for group in lesson.optimizer.param_groups for part in group["params"]}
+    moved = 0
+    for part, old in zip(lesson.parameters, before, strict=True):
+        if part.grad is not None:
+            expected = old - rates[part] * part.grad / (part.grad.abs() + NEGLIGIBLE)
+            torch.testing.assert_close(part.detach(), expected, rtol=0, atol=1e-2 * rates[part])
+            moved += 1
+    assert moved > 100
 
 
 @pytest.mark.parametrize(("cores", "sizes"), [(1, [4]), (2, [2, 2]), (3, [2, 2]), (8, [1, 1, 1, 1])])

@@ -238,8 +238,8 @@ class _Search:
         self.rates = {"codes": (config.inversion_rate,), "tuned": (config.tuning_rate, config.own_rate * spread)}
         self.modules: dict[str, nn.Module] = {"tuned": self.tuned, "codes": self.codes}
         self.optimizers = {
-            "codes": torch.optim.Adam(self.codes.parameters(), lr=config.inversion_rate, betas=(0.9, 0.99)),
-            "tuned": torch.optim.Adam([{"params": backbone}, {"params": [self.tuned.own]}], betas=(0.9, 0.99)),
+            "codes": torch.optim.Adam(self.codes.parameters(), lr=config.inversion_rate, betas=(0.9, 0.99), fused=True),
+            "tuned": torch.optim.Adam([{"params": backbone}, {"params": [self.tuned.own]}], betas=(0.9, 0.99), fused=True),
         }
         self.generators = {"choice": torch.Generator().manual_seed(seed), "rays": torch.Generator(device).manual_seed(seed)}
 

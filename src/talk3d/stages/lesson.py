@@ -181,7 +181,7 @@ class Lesson:
             *([] if near is None else [(config.mouth_rate, [near])]),
         ]
         self.rates = [rate for rate, _ in groups]
-        self.optimizer = torch.optim.Adam([{"params": params} for _, params in groups], betas=(0.9, 0.99), eps=NEGLIGIBLE)
+        self.optimizer = torch.optim.Adam([{"params": params} for _, params in groups], betas=(0.9, 0.99), eps=NEGLIGIBLE, fused=True)
         self.parameters = [part for _, parts in groups for part in parts if part.requires_grad]
         self.sides = SideViews(avatar.personalized, track.cameras[:num_frames], device) if config.weights.sides else None
         self.rest = self._mean_coefficients()
@@ -201,7 +201,7 @@ class Lesson:
         """
         config = self.config
         self.ear.requires_grad_(True)
-        optimizer = torch.optim.AdamW(self.ear.parameters(), lr=config.listening_rate, weight_decay=config.listening_decay)
+        optimizer = torch.optim.AdamW(self.ear.parameters(), lr=config.listening_rate, weight_decay=config.listening_decay, fused=True)
         weights = {name: getattr(config.weights, name) for name in ("hearing", "velocity", "silence")}
         for number in range(config.listening_steps):
             optimizer.param_groups[0]["lr"] = config.listening_rate * (1 - number / config.listening_steps)
@@ -263,7 +263,7 @@ class Lesson:
             torch.set_num_threads(cores)  # what the pool set holds for threads to come, too
         for parameter, *gradients in zip(self.parameters, *(found for _, found in results), strict=True):
             known = [gradient for gradient in gradients if gradient is not None]
-            parameter.grad = functools.reduce(torch.add, known) if known else None
+            parameter.grad = functools.reduce(torch.add, known).contiguous() if known else None  # fused Adam takes them to lie as parameters do
         return {name: torch.stack([terms[name] for terms, _ in results]).sum(0) for name in results[0][0]}
 
     def _learn_from(self, index: Int[Tensor, " b"], seed: int, share: float) -> tuple[dict[str, Float[Tensor, ""]], tuple[Tensor | None, ...]]:
