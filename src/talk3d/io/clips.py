@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from talk3d.errors import MediaError
-from talk3d.types import AudioFeatures, Camera, Clip, FaceMasks, FaceTrack, Waveform
+from talk3d.types import AudioFeatures, Camera, Clip, FaceMasks, FaceTrack, Waveform, WideViews
 
 FORMAT = 1
 """Raised when a reader of the older format could not read the newer one."""
@@ -124,6 +124,8 @@ def _tensors(clip: Clip) -> dict[str, torch.Tensor]:
         "waveform": clip.waveform.samples,
         **{name: value for name in MAYBE if (value := getattr(track, name)) is not None},
     }
+    if clip.wide is not None:
+        tensors |= {f"wide_{name}": torch.as_tensor(value) for name, value in vars(clip.wide).items()}
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
@@ -163,7 +165,16 @@ def _assemble(facts: dict[str, Any], tensors: dict[str, torch.Tensor], frames: n
         source_sha256=facts["source_sha256"],
         num_training_frames=facts["num_training_frames"],
         check=facts["check"],
+        wide=_wide(tensors),
     )
+
+
+def _wide(tensors: dict[str, torch.Tensor]) -> WideViews | None:
+    """The wide views, if there are any."""
+    if "wide_frames" not in tensors:
+        return None
+    pictures, mattes, beyond = (tensors[f"wide_{name}"].numpy() for name in ("pictures", "mattes", "beyond"))
+    return WideViews(frames=tensors["wide_frames"], pictures=pictures, mattes=mattes, beyond=beyond)
 
 
 def _swap(partial: Path, path: Path) -> None:

@@ -22,10 +22,14 @@ from talk3d.errors import ConfigError
 from talk3d.models.avatar import PersonalizedGenerator, Prior
 from talk3d.models.generator import TriplaneGenerator
 from talk3d.models.renderer import RendererConfig
+from talk3d.models.stylegan2 import resize_to
 from talk3d.ops.geometry import head_camera
 from talk3d.training.loop import Best, Loop, cosine_decay
 from talk3d.training.losses import LOSS_WEIGHTS, PictureTarget, picture_losses, weighted_sum
 from talk3d.types import Camera, Progress, Rendering, Triplane, silent
+
+WIDE_RAYS = 64
+"""Rays a side of wide views."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +60,10 @@ class InversionConfig:
     """Of the change of heads near the person while tuning."""
     shape_weight: float = 1.0
     """Of the change of the person's own shape while tuning, seen from a random side: what the pictures do not show must stay plausible."""
+    wide_weight: float = 1.0
+    """Of the error of wide views while tuning."""
     locality_every: int = 3
-    """Every which tuning step these changes are measured, in turn."""
+    """Every which tuning step these changes are measured and a wide view is looked at, in turn."""
     validation_every: int = 25
     """Every which tuning step the views kept for validation are looked at, where there are any."""
 
@@ -81,6 +87,8 @@ class Views:
     """How much each pixel counts, mean about 1; None means all the same."""
     validation: "Views | None" = None
     """Further pictures, not learnt from: the tuned generator that shows them best is kept. None keeps the last."""
+    wide: "Views | None" = None
+    """Pictures that show more than those from which the person is told: tuning learns from them, before super-resolution, where they count."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,6 +240,7 @@ class _Search:
         self.image, self.alpha = views.target.image.to(device), views.target.alpha.to(device)
         self.cameras, self.moment = views.cameras.to(device), views.moment.to(device)
         self.emphasis = None if views.emphasis is None else views.emphasis.to(device)
+        self.wide = views.wide if config.wide_weight else None
         with torch.no_grad():
             spread = float(self.generator.triplane(self.codes.person_rows()).planes.std())
         backbone = [p for name, p in self.generator.named_parameters() if "mapping" not in name]
@@ -265,6 +274,9 @@ class _Search:
         if not inverting and self.config.shape_weight and number % self.config.locality_every == 1 % self.config.locality_every:
             terms["shape"] = self._shape()
             weights["shape"] = self.config.shape_weight
+        if not inverting and self.wide is not None and number % self.config.locality_every == 2 % self.config.locality_every:
+            terms["wide"] = self._look_wide(self.wide)
+            weights["wide"] = self.config.wide_weight
         loss = weighted_sum(terms, weights)
         active.zero_grad(set_to_none=True)
         loss.backward()
@@ -318,6 +330,17 @@ class _Search:
             _, matte, distance = _look(self.reference, self.reference.triplane(rows), camera)
         _, now, here = _look(self.generator, self.tuned.triplane(rows), camera)
         return F.l1_loss(now, matte) + ((here - distance).abs() * matte).mean()
+
+    def _look_wide(self, wide: Views) -> Float[Tensor, ""]:
+        """Error of colours and matte of one wide view of the person at the mean of the moments, where it counts."""
+        index = torch.randint(len(wide.cameras), (1,), generator=self.generators["choice"])
+        counts = torch.ones_like(wide.target.alpha[index]) if wide.emphasis is None else wide.emphasis[index]
+        wanted = torch.cat([wide.target.image[index], wide.target.alpha[index], counts], 1)
+        *wanted, counts = resize_to(wanted, WIDE_RAYS).flatten(2).mT.to(self.device).split([3, 1, 1], -1)  # b r c
+        rows = self.codes.person_rows().detach()
+        found = _look(self.generator, self.tuned.triplane(rows), wide.cameras[index].to(self.device), WIDE_RAYS)
+        different = sum((now - then).abs().mean(-1, keepdim=True) for now, then in zip(found, wanted, strict=False))
+        return (different * counts).mean()
 
     def _random_side(self) -> Camera:
         angles = (torch.rand(1, 3, generator=self.generators["choice"]) * 2 - 1) * torch.tensor([0.9, 0.3, 0.0])

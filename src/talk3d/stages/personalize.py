@@ -132,7 +132,7 @@ def personalize(
         raise ShapeError(f"the clip has {clip.frames.shape[1]} pixels a side, the prior paints {side}: track the video again with --size-px {side}")
     chosen = choose_frames(clip, config.num_frames + 1)
     chosen, validation = chosen[:-1], chosen[-1:]
-    views = dataclasses.replace(_views(clip, chosen), validation=_views(clip, validation))
+    views = dataclasses.replace(_views(clip, chosen), validation=_views(clip, validation), wide=_wide_views(clip))
     inversion = invert(prior, views, config, device=device, seed=seed, progress=progress, checkpoint=checkpoint, stage="personalize")
     provenance = {
         "prior": prior.provenance,
@@ -153,4 +153,18 @@ def _views(clip: Clip, frames: Int[Tensor, " k"]) -> Views:
         cameras=clip.track.cameras[frames],
         moment=torch.arange(len(frames)),
         emphasis=face_emphasis(clip.track.landmarks[frames].float(), image.shape[-1], 3.0, 2.0),
+    )
+
+
+def _wide_views(clip: Clip) -> Views | None:
+    """What lies round the crops, and counts there alone: the mean of the person's looks has no face of any one moment."""
+    if clip.wide is None:
+        return None
+    image = torch.from_numpy(clip.wide.pictures).permute(0, 3, 1, 2) / 127.5 - 1  # k c h w
+    alpha = torch.from_numpy(clip.wide.mattes)[:, None] / 255
+    return Views(
+        target=PictureTarget(image=premultiply(image, alpha), alpha=alpha),
+        cameras=clip.wide_cameras(),
+        moment=torch.arange(len(image)),
+        emphasis=torch.from_numpy(clip.wide.beyond)[:, None].float(),
     )

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int, UInt8
 from PIL import Image
 from torch import Tensor
 
@@ -47,7 +47,7 @@ from talk3d.perception.nod import choose_views, find_nod
 from talk3d.perception.parsing import BiSeNetParser, FaceParser, SelfieMatting, steady_mattes
 from talk3d.perception.regions import OutlineParser
 from talk3d.perception.speech import PUBLISHED_FPS, SAMPLE_RATE_HZ, SpeechKind, load_speech
-from talk3d.types import Camera, Clip, FaceMasks, FaceTrack, Progress, silent
+from talk3d.types import WIDER, Camera, Clip, FaceMasks, FaceTrack, Progress, WideViews, silent
 
 ANCHOR_POINTS = (168, 263, 33)
 """Nose bridge, outer corners of the left and the right eye."""
@@ -154,7 +154,9 @@ def track(
     faces = replace(faces, landmarks=correct_lips(faces.landmarks, model.kind))  # pose and measures are made for points as networks give them
     crop = _crop_maps(motion, size, config.size_px)
     face_track = _face_track(faces, motion, crop, size, config.size_px)
-    frames, masks = _write_crops(scan, faces.start, crop, face_track.landmarks.numpy(), config.size_px, parser, progress)
+    num_training = num_frames - min(round(config.held_out_s * config.fps), num_frames // 5)
+    wide = _WideCuts(choose_views(face_track.head_pose[:num_training]), crop, config.size_px)
+    frames, masks = _write_crops(scan, faces.start, crop, face_track.landmarks.numpy(), config.size_px, parser, wide, progress)
     nod = _nod_seen(face_track, frames, masks)
     motion = nod_head_space(motion, nod)  # about the middle of the crops, which stay
     face_track = _face_track(faces, motion, crop, size, config.size_px)
@@ -167,8 +169,9 @@ def track(
         masks=masks,
         source=str(Path(video).resolve()),
         source_sha256=sha256_of(Path(video)),
-        num_training_frames=num_frames - min(round(config.held_out_s * config.fps), num_frames // 5),
+        num_training_frames=num_training,
         check={**check, "smoothing": dict(motion.smoothing), "nod_deg": round(math.degrees(nod), 2)},
+        wide=wide.views(),
     )
 
 
@@ -288,9 +291,16 @@ def _crop_maps(motion: HeadMotion, size: tuple[int, int], crop_px: int) -> np.nd
 
 
 def _write_crops(
-    scan: VideoScan, start: int, crop: np.ndarray, landmarks: np.ndarray, crop_px: int, parser: FaceParser | None, progress: Progress
+    scan: VideoScan,
+    start: int,
+    crop: np.ndarray,
+    landmarks: np.ndarray,
+    crop_px: int,
+    parser: FaceParser | None,
+    wide: "_WideCuts",
+    progress: Progress,
 ) -> tuple[np.ndarray, FaceMasks]:
-    """Crops, mattes and parts of all frames, in nameless files on disk that vanish with the arrays."""
+    """Crops, mattes and parts of all frames, in nameless files on disk that vanish with the arrays; `wide` sees all frames, too."""
     matting, outlines = SelfieMatting(), OutlineParser()
     shape = (len(crop), crop_px, crop_px)
     waiting: deque[np.ndarray] = deque()  # the mattes come a frame late: they are the median of three
@@ -301,6 +311,7 @@ def _write_crops(
                 picture = crop_picture(frame, crop[index], crop_px)
                 frames_file.write(picture.tobytes())
                 waiting.append(picture)
+                wide.put(index, frame, matting)
                 progress("crops", index + 1, len(crop), {})
                 yield matting(picture)
 
@@ -311,6 +322,37 @@ def _write_crops(
         source = f"{matting.source}; {(parser or outlines).source}"
         masks = FaceMasks(person=_mapped(mattes_file, shape), parts=_mapped(parts_file, shape), source=source)
         return _mapped(frames_file, (*shape, 3)), masks
+
+
+class _WideCuts:
+    """Wide views, cut as the frames go by."""
+
+    def __init__(self, frames: Int[Tensor, " k"], crop: np.ndarray, crop_px: int) -> None:
+        self.frames, self.crop, self.crop_px = frames, crop / WIDER, crop_px
+        self.crop[:, :, 2] += (1 - 1 / WIDER) * crop_px / 2
+        self.pictures: list[np.ndarray] = []
+        self.mattes: list[np.ndarray] = []
+        self.beyond: list[np.ndarray] = []
+
+    def put(self, index: int, frame: UInt8[np.ndarray, "h w 3"], matting: SelfieMatting) -> None:
+        """Cut this frame if it is one of those chosen."""
+        if index not in self.frames:
+            return
+        picture = crop_picture(frame, self.crop[index], self.crop_px)
+        places = np.arange(self.crop_px) + 0.5
+        cropped = np.abs(places - self.crop_px / 2) < self.crop_px / (2 * WIDER)
+        scale, shift = self.crop[index, 0, 0], self.crop[index, :, 2]
+        filmed = [(places > offset) & (places < offset + scale * side) for offset, side in zip(shift, frame.shape[1::-1], strict=True)]
+        self.pictures.append(picture)
+        self.mattes += steady_mattes([matting(picture)])
+        self.beyond.append(filmed[1][:, None] & filmed[0] & ~(cropped[:, None] & cropped))
+
+    def views(self) -> WideViews | None:
+        """Return what was cut, if it shows anything beyond the crops."""
+        if not np.any(self.beyond):
+            return None
+        pictures, mattes, beyond = (np.stack(cut) for cut in (self.pictures, self.mattes, self.beyond))
+        return WideViews(frames=self.frames, pictures=pictures, mattes=mattes, beyond=beyond)
 
 
 def _mapped(file: Any, shape: tuple[int, ...]) -> np.ndarray:

@@ -2,11 +2,12 @@
 
 from talk3d.types.audio import AudioFeatures, Waveform
 from talk3d.types.camera import Camera, Rays
-from talk3d.types.clip import Clip, Driving, Progress, Rendering, silent
+from talk3d.types.clip import WIDER, Clip, Driving, Progress, Rendering, WideViews, silent
 from talk3d.types.face import FaceMasks, FaceTrack
 from talk3d.types.triplane import PlaneAxes, Triplane
 
 __all__ = [
+    "WIDER",
     "AudioFeatures",
     "Camera",
     "Clip",
@@ -19,5 +20,6 @@ __all__ = [
     "Rendering",
     "Triplane",
     "Waveform",
+    "WideViews",
     "silent",
 ]

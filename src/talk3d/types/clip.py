@@ -7,11 +7,12 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from talk3d.errors import ShapeError
 from talk3d.types.audio import AudioFeatures, Waveform
+from talk3d.types.camera import Camera
 from talk3d.types.face import FaceMasks, FaceTrack
 
 
@@ -53,6 +54,24 @@ class Rendering:
     """Distance along the ray in scene units."""
 
 
+WIDER = 1.5
+"""How far a wide view reaches, in crops."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WideViews:
+    """Some frames of the training part cut wider than the crops, about the same middle: what lies round the crops, as far as the film shows it."""
+
+    frames: Int[Tensor, " k"]
+    """Their numbers in the clip."""
+    pictures: UInt8[np.ndarray, "k h w 3"]
+    """RGB 0..255."""
+    mattes: UInt8[np.ndarray, "k h w"]
+    """0 background … 255 person."""
+    beyond: Bool[np.ndarray, "k h w"]
+    """Where they show what the crops do not."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Clip:
     """A person's video, ready for learning: constant rate, stable crop, everything known per frame."""
@@ -71,6 +90,8 @@ class Clip:
     """Frames before this one are for training, the rest is held out."""
     check: Mapping[str, Any] = field(default_factory=dict)
     """What was noticed about the video: rates, duplicates, which models were used, warnings."""
+    wide: WideViews | None = None
+    """None where the film shows nothing round the crops."""
 
     def __post_init__(self) -> None:
         """Hold every per-frame array to the same length."""
@@ -107,6 +128,15 @@ class Clip:
         rgb = torch.from_numpy(np.stack([self.frames[int(i)] for i in frames])).permute(0, 3, 1, 2)  # b 3 h w
         matte = torch.from_numpy(np.stack([self.masks.person[int(i)] for i in frames]))[:, None]
         return rgb.float() / 127.5 - 1, matte.float() / 255
+
+    def wide_cameras(self) -> Camera:
+        """Return the cameras of the wide views; none where there are none."""
+        cameras = self.track.cameras[torch.zeros(0, dtype=torch.int64) if self.wide is None else self.wide.frames]
+        intrinsics = cameras.intrinsics.clone()
+        intrinsics[:, 0, 0] /= WIDER
+        intrinsics[:, 1, 1] /= WIDER
+        intrinsics[:, :2, 2] = 0.5 + (intrinsics[:, :2, 2] - 0.5) / WIDER
+        return Camera(cam2world=cameras.cam2world, intrinsics=intrinsics)
 
     def save(self, path: str | Path) -> None:
         """Write the clip as one folder; an existing clip there is replaced only when the new one is whole."""
