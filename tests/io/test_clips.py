@@ -11,7 +11,7 @@ import torch
 from talk3d.errors import MediaError, ShapeError
 from talk3d.io.clips import load_clip, read_openface_blink, save_clip
 from talk3d.ops.geometry import head_camera
-from talk3d.types import AudioFeatures, Clip, FaceMasks, FaceTrack, Waveform
+from talk3d.types import AudioFeatures, Clip, FaceMasks, FaceTrack, Waveform, WideViews
 
 
 def make_clip(count: int = 6) -> Clip:
@@ -39,6 +39,20 @@ def make_clip(count: int = 6) -> Clip:
         num_training_frames=count - 1,
         check={"warnings": ["quiet"], "true_fps": 24.99},
     )
+
+
+def test_wide_views_come_back_and_older_clips_have_none(tmp_path: Path):
+    rng = np.random.default_rng(1)
+    pictures, mattes = rng.integers(0, 255, (2, 8, 8, 3), dtype=np.uint8), rng.integers(0, 255, (2, 8, 8), dtype=np.uint8)
+    wide = WideViews(frames=torch.tensor([1, 4]), pictures=pictures, mattes=mattes, beyond=mattes > 99)
+    replace(make_clip(), wide=wide).save(tmp_path / "wide.clip")
+    again = load_clip(tmp_path / "wide.clip").wide
+    assert again is not None and torch.equal(again.frames, wide.frames)
+    for name in ("pictures", "mattes", "beyond"):
+        found, kept = getattr(again, name), getattr(wide, name)
+        assert np.array_equal(found, kept) and found.dtype == kept.dtype
+    make_clip().save(tmp_path / "plain.clip")
+    assert load_clip(tmp_path / "plain.clip").wide is None
 
 
 def test_everything_comes_back_as_it_was(tmp_path: Path):

@@ -46,6 +46,30 @@ def test_pictures_that_the_prior_painted_are_found_again(prior: Prior) -> None:
     assert all(value.equal(before[name]) for name, value in prior.generator.state_dict().items()), "the prior was changed"
 
 
+def test_tuning_learns_from_wide_views_where_they_count(prior: Prior) -> None:
+    ws = prior.generator.mapping(torch.randn(1, 8))
+    views, cameras = painted(prior, ws, torch.zeros(3, dtype=torch.long))
+    below = torch.zeros_like(views.target.alpha)
+    below[:, :, 5 * below.shape[-1] // 8 :] = 1.0
+    white = PictureTarget(image=torch.ones_like(views.target.image), alpha=torch.ones_like(below))
+    wide = replace(views, target=white, emphasis=below)
+    config = InversionConfig(inversion_steps=5, tuning_steps=30, tuning_rate=3e-3)
+
+    def run(views: Views, weight: float) -> tuple[float, list[set[str]]]:
+        heard: list[set[str]] = []
+        found = invert(prior, views, replace(config, wide_weight=weight), progress=lambda s, n, t, values: heard.append(set(values)))
+        person = found.personalized({})
+        with torch.no_grad():
+            planes = replace(person.triplane, planes=person.identity.expand(3, -1, -1, -1, -1))
+            rendering = person.render(planes, cameras)
+        return float(rendering.raw[:, :, -(rendering.raw.shape[-1] // 4) :].mean()), heard
+
+    (seen, with_wide), (off, without) = (run(replace(views, wide=wide), weight) for weight in (4.0, 0.0))
+    assert any("wide" in names for names in with_wide) and not any("wide" in names and "person" in names for names in with_wide)
+    assert not any("wide" in names for names in without)
+    assert seen > off + 0.05
+
+
 def test_moments_have_codes_of_their_own_round_the_person(prior: Prior) -> None:
     ws = prior.generator.mapping(torch.randn(2, 8))
     views, _ = painted(prior, ws, torch.tensor([0, 1, 1]))

@@ -14,8 +14,8 @@ import torch
 from talk3d.errors import ConfigError, ShapeError, TrackingError, WeightsError
 from talk3d.models.avatar import PersonalizedGenerator, Prior
 from talk3d.ops.compositing import premultiply
-from talk3d.stages.personalize import PersonalizeConfig, choose_frames, face_emphasis, personalize
-from talk3d.types import Clip
+from talk3d.stages.personalize import PersonalizeConfig, _wide_views, choose_frames, face_emphasis, personalize
+from talk3d.types import Clip, WideViews
 
 SHORT = PersonalizeConfig(num_frames=4, frames_per_step=2, inversion_steps=10, tuning_steps=10)
 
@@ -75,6 +75,17 @@ def test_emphasis_is_one_with_bumps_over_the_face(clip: Clip) -> None:
     assert face_emphasis(landmarks, 64, 0.0, 0.0).eq(1).all()
     wide = face_emphasis(2 * landmarks, 128, 3.0, 2.0)  # the same face, twice the size
     torch.testing.assert_close(torch.nn.functional.avg_pool2d(wide, 2), weight, atol=0.05, rtol=0)
+
+
+def test_wide_views_lie_over_black_and_count_beyond_the_crops(clip: Clip) -> None:
+    mattes = np.zeros((1, 64, 64), np.uint8)
+    mattes[:, 32:] = 255
+    wide = WideViews(frames=torch.tensor([2]), pictures=np.full((1, 64, 64, 3), 255, np.uint8), mattes=mattes, beyond=mattes == 0)
+    views = _wide_views(replace(clip, wide=wide))
+    assert views is not None and views.emphasis is not None
+    assert (views.target.image[0, :, :32] == -1).all() and (views.target.image[0, :, 32:] == 1).all()
+    assert torch.equal(views.emphasis[0, 0], torch.from_numpy(wide.beyond[0]).float())
+    assert _wide_views(clip) is None
 
 
 def error(person: PersonalizedGenerator, clip: Clip, frames: torch.Tensor) -> float:

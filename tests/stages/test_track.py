@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from talk3d.errors import ConfigError, MediaError, TrackingError
 from talk3d.io.clips import load_clip
@@ -17,9 +18,9 @@ from talk3d.io.writing import VideoWriter
 from talk3d.ops.geometry import fit_similarity, head_camera, project, view_angles
 from talk3d.perception.facetemplate import load_template
 from talk3d.perception.headpose import solve_head_pose
-from talk3d.perception.parsing import REGIONS
+from talk3d.perception.parsing import REGIONS, SelfieMatting
 from talk3d.stages import track as tracking
-from talk3d.types import Clip, Waveform
+from talk3d.types import WIDER, Clip, Waveform
 
 NUM_FRAMES = 75
 
@@ -121,6 +122,45 @@ def test_the_crop_map_cuts_what_it_says(clip: Clip, person: Path):
     difference = clip.frames[0][rows, columns].astype(float) - frame[source_rows, source_columns]
     assert np.abs(difference).mean() < 6
     assert np.abs(difference.mean()) < 2
+
+
+def test_wide_views_show_what_lies_round_the_crops(clip: Clip):
+    wide = clip.wide
+    assert wide is not None and len(wide.frames) == 8 and int(wide.frames.max()) < clip.num_training_frames
+    inner = round(wide.pictures.shape[1] / WIDER)
+    edge = (wide.pictures.shape[1] - inner) // 2
+    for frame, picture, matte, beyond in zip(wide.frames.tolist(), wide.pictures, wide.mattes, wide.beyond, strict=True):
+        small = Image.fromarray(clip.frames[frame]).resize((inner, inner), Image.Resampling.BOX)
+        middle = np.s_[edge : edge + inner, edge : edge + inner]
+        assert np.abs(np.asarray(small, float) - picture[middle]).mean() < 4
+        assert not beyond[middle][2:-2, 2:-2].any() and beyond.mean() > 0.2
+        assert 0.5 < (matte[inner + edge :] > 128)[beyond[inner + edge :]].mean() * 2 < 1.9, "shoulders lie below the crop, and not everywhere"
+        assert ((matte < 20) | (matte > 235)).mean() > 0.9
+
+
+class Everybody(SelfieMatting):
+    """Takes everything for the person."""
+
+    def __init__(self) -> None:
+        pass
+
+    def __call__(self, picture: np.ndarray) -> np.ndarray:
+        return np.ones(picture.shape[:2], np.float32)
+
+
+def test_wide_views_know_where_the_film_ends():
+    frame, crop = np.full((60, 90, 3), 7, np.uint8), np.array([[[1.0, 0, -20], [0, 1.0, -10]]] * 2)
+    wide = tracking._WideCuts(torch.tensor([1]), crop, 48)  # shows columns 20 to 68 and rows 10 to 58 of the film, wide ones 8 to 80 and -2 to 70
+    for index in range(2):
+        wide.put(index, frame, Everybody())
+    found = wide.views()
+    assert found is not None and found.mattes.dtype == np.uint8 and found.mattes.min() == 255
+    rows, columns = ((np.arange(48) + 0.5) * WIDER + low for low in (-2, 8))
+    inside, cropped = (rows > 0) & (rows < 60), (rows > 10) & (rows < 58)
+    assert np.array_equal(found.beyond[0], inside[:, None] & ~(cropped[:, None] & (columns > 20) & (columns < 68)))
+    whole = tracking._WideCuts(torch.tensor([0]), np.array([[[1.0, 0, 0], [0, 1.0, 0]]]), 48)
+    whole.put(0, frame[:48, :48], Everybody())
+    assert whole.views() is None, "the crop shows the whole film"
 
 
 def test_talking_does_not_move_the_crop():

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from talk3d.errors import ShapeError
-from talk3d.types import AudioFeatures, Camera, Clip, FaceMasks, FaceTrack, Progress, Waveform, silent
+from talk3d.ops.geometry import head_camera, project
+from talk3d.types import WIDER, AudioFeatures, Camera, Clip, FaceMasks, FaceTrack, Progress, Waveform, WideViews, silent
 
 T = 4
 
@@ -61,6 +62,20 @@ def test_images_are_in_minus_one_to_one_channels_first() -> None:
     assert images[0, :, 2, 3].tolist() == pytest.approx([1.0, -1.0, -0.6])
     assert images.min() == -1 and images.shape == (1, 3, 8, 8)
     assert torch.equal(matte, torch.ones(1, 1, 8, 8))
+
+
+def test_wide_cameras_show_a_point_nearer_to_the_middle() -> None:
+    front = head_camera(torch.tensor([[0.3, 0.1, 0.0]]).expand(T, -1))
+    cameras = replace(front, intrinsics=front.intrinsics.clone())
+    cameras.intrinsics[:, 0, 2] = 0.4
+    empty = np.zeros((2, 8, 8), np.uint8)
+    wide = WideViews(frames=torch.tensor([0, 2]), pictures=np.zeros((2, 8, 8, 3), np.uint8), mattes=empty, beyond=empty > 0)
+    clip = make_clip(wide=wide, track=replace(make_clip().track, cameras=cameras))
+    points = torch.tensor([[0.1, -0.2, 0.05]]).expand(2, 1, 3)
+    near, far = project(points, cameras[wide.frames]), project(points, clip.wide_cameras())
+    torch.testing.assert_close(far, 0.5 + (near - 0.5) / WIDER)
+    assert cameras.intrinsics[0, 0, 2] == 0.4, "the crops' cameras were changed"
+    assert len(make_clip().wide_cameras()) == 0
 
 
 def test_silence_is_a_progress() -> None:
