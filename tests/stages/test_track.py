@@ -19,6 +19,7 @@ from talk3d.ops.geometry import fit_similarity, head_camera, project, view_angle
 from talk3d.perception.facetemplate import load_template
 from talk3d.perception.headpose import solve_head_pose
 from talk3d.perception.parsing import REGIONS, SelfieMatting
+from talk3d.stages import pasting
 from talk3d.stages import track as tracking
 from talk3d.types import WIDER, Clip, Waveform
 
@@ -150,7 +151,7 @@ class Everybody(SelfieMatting):
 
 def test_wide_views_know_where_the_film_ends():
     frame, crop = np.full((60, 90, 3), 7, np.uint8), np.array([[[1.0, 0, -20], [0, 1.0, -10]]] * 2)
-    wide = tracking._WideCuts(torch.tensor([1]), crop, 48)  # shows columns 20 to 68 and rows 10 to 58 of the film, wide ones 8 to 80 and -2 to 70
+    wide = pasting.WideCuts(torch.tensor([1]), crop, 48)  # shows columns 20 to 68 and rows 10 to 58 of the film, wide ones 8 to 80 and -2 to 70
     for index in range(2):
         wide.put(index, frame, Everybody())
     found = wide.views()
@@ -158,7 +159,7 @@ def test_wide_views_know_where_the_film_ends():
     rows, columns = ((np.arange(48) + 0.5) * WIDER + low for low in (-2, 8))
     inside, cropped = (rows > 0) & (rows < 60), (rows > 10) & (rows < 58)
     assert np.array_equal(found.beyond[0], inside[:, None] & ~(cropped[:, None] & (columns > 20) & (columns < 68)))
-    whole = tracking._WideCuts(torch.tensor([0]), np.array([[[1.0, 0, 0], [0, 1.0, 0]]]), 48)
+    whole = pasting.WideCuts(torch.tensor([0]), np.array([[[1.0, 0, 0], [0, 1.0, 0]]]), 48)
     whole.put(0, frame[:48, :48], Everybody())
     assert whole.views() is None, "the crop shows the whole film"
 
@@ -171,7 +172,7 @@ def test_talking_does_not_move_the_crop():
     jaw = still.clone()
     lower = (template.points[:, 1] < -0.06).nonzero()[:, 0]
     jaw[:, lower, 1] += 18 * (0.7 * torch.arange(100)).sin().abs()[:, None]
-    maps = [tracking._crop_maps(solve_head_pose(points.float(), template, (500, 500)), (500, 500), 256) for points in (still, jaw)]
+    maps = [pasting.crop_maps(solve_head_pose(points.float(), template, (500, 500)), (500, 500), 256) for points in (still, jaw)]
     assert np.abs(maps[0] - maps[1])[:, :, 2].max() < 0.3
 
 
@@ -179,7 +180,7 @@ def test_crops_beyond_the_frame_repeat_its_edge():
     frame = np.full((50, 60, 3), 10, np.uint8)
     frame[:, -1] = 200
     crop = np.array([[1.0, 0, 0], [0, 1.0, 0]])
-    picture = tracking.crop_picture(frame, crop, 80)
+    picture = pasting.crop_picture(frame, crop, 80)
     assert picture.shape == (80, 80, 3)
     assert picture[20, 70].tolist() == [200] * 3
     assert picture[70, 20].tolist() == [10] * 3

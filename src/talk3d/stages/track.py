@@ -5,18 +5,15 @@ Streams through the video three times (time stamps, faces, crops): of a long one
 
 import math
 import tempfile
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int, UInt8
-from PIL import Image
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from talk3d.errors import ConfigError, MediaError, TrackingError
@@ -25,7 +22,7 @@ from talk3d.io.media import VideoScan, read_audio, read_video, scan_video
 from talk3d.io.timeline import shot_starts
 from talk3d.io.weights import load_prior
 from talk3d.metrics.capture import CaptureReport, FaceMeasures, capture_report, in_step
-from talk3d.ops.geometry import CAMERA_FOCAL, HEAD_PIVOT, view_angles
+from talk3d.ops.geometry import CAMERA_FOCAL, view_angles
 from talk3d.perception.alignment import FaceViews, refine_motion
 from talk3d.perception.facetemplate import FaceTemplate, load_template
 from talk3d.perception.headpose import HeadMotion, solve_head_pose
@@ -44,10 +41,10 @@ from talk3d.perception.landmarks import (
 )
 from talk3d.perception.liplines import correct_lips
 from talk3d.perception.nod import choose_views, find_nod
-from talk3d.perception.parsing import BiSeNetParser, FaceParser, SelfieMatting, steady_mattes
-from talk3d.perception.regions import OutlineParser
+from talk3d.perception.parsing import BiSeNetParser
 from talk3d.perception.speech import PUBLISHED_FPS, SAMPLE_RATE_HZ, SpeechKind, load_speech
-from talk3d.types import WIDER, Camera, Clip, FaceMasks, FaceTrack, Progress, WideViews, silent
+from talk3d.stages.pasting import crop_maps, write_crops
+from talk3d.types import Camera, Clip, FaceMasks, FaceTrack, Progress, silent
 
 ANCHOR_POINTS = (168, 263, 33)
 """Nose bridge, outer corners of the left and the right eye."""
@@ -141,9 +138,8 @@ def track(
             f"{video} is {scan.num_frames / config.fps:.2f} s long, at least {config.min_length_s:g} s are needed: record a longer video"
         )
     waveform = read_audio(video, SAMPLE_RATE_HZ)
-    encoder = load_speech(config.speech)
     parser = BiSeNetParser() if config.parsing == "bisenet" else None
-    model = load_face_model(face_model)
+    encoder, model = load_speech(config.speech), load_face_model(face_model)
     size = (scan.width_px, scan.height_px)
     faces, cuts, motion = _find_motion(scan, model, load_template(model.kind), config, progress)
     num_frames = len(faces.landmarks)
@@ -152,13 +148,11 @@ def track(
     sound, check = in_step(waveform, faces.start / config.fps, num_frames / config.fps, config.audio_offset_ms, capture)
     review(check)
     faces = replace(faces, landmarks=correct_lips(faces.landmarks, model.kind))  # pose and measures are made for points as networks give them
-    crop = _crop_maps(motion, size, config.size_px)
+    crop = crop_maps(motion, size, config.size_px)
     face_track = _face_track(faces, motion, crop, size, config.size_px)
     num_training = num_frames - min(round(config.held_out_s * config.fps), num_frames // 5)
-    wide = _WideCuts(choose_views(face_track.head_pose[:num_training]), crop, config.size_px)
-    frames, masks = _write_crops(scan, faces.start, crop, face_track.landmarks.numpy(), config.size_px, parser, wide, progress)
-    nod = _nod_seen(face_track, frames, masks)
-    motion = nod_head_space(motion, nod)  # about the middle of the crops, which stay
+    frames, masks, wide = write_crops(scan, faces.start, crop, face_track, num_training, config.size_px, parser, progress)
+    motion = nod_head_space(motion, nod := _nod_seen(face_track, frames, masks))  # about the middle of the crops, which stay
     face_track = _face_track(faces, motion, crop, size, config.size_px)
     return Clip(
         frames=frames,
@@ -171,7 +165,7 @@ def track(
         source_sha256=sha256_of(Path(video)),
         num_training_frames=num_training,
         check={**check, "smoothing": dict(motion.smoothing), "nod_deg": round(math.degrees(nod), 2)},
-        wide=wide.views(),
+        wide=wide,
     )
 
 
@@ -277,102 +271,6 @@ def _interpolate(wanted: np.ndarray, known: np.ndarray, values: np.ndarray) -> T
     flat = values.reshape(len(values), -1)
     columns = [np.interp(wanted, known, column) for column in flat.T]
     return torch.from_numpy(np.stack(columns, -1).reshape(len(wanted), *values.shape[1:])).float()
-
-
-def _crop_maps(motion: HeadMotion, size: tuple[int, int], crop_px: int) -> np.ndarray:
-    """Source px to crop px: one scale for the clip, and shifts that keep the head's pivot in the middle; t 2 3, float64."""
-    pivot = torch.tensor([HEAD_PIVOT], dtype=torch.float64)
-    centre = motion.project(pivot, (size[0] / 2, size[1] / 2))[:, 0].numpy()
-    side = motion.focal_px / CAMERA_FOCAL
-    crop = np.zeros((len(centre), 2, 3))
-    crop[:, 0, 0] = crop[:, 1, 1] = crop_px / side
-    crop[:, :, 2] = (side / 2 - centre) * crop_px / side
-    return crop
-
-
-def _write_crops(
-    scan: VideoScan,
-    start: int,
-    crop: np.ndarray,
-    landmarks: np.ndarray,
-    crop_px: int,
-    parser: FaceParser | None,
-    wide: "_WideCuts",
-    progress: Progress,
-) -> tuple[np.ndarray, FaceMasks]:
-    """Crops, mattes and parts of all frames, in nameless files on disk that vanish with the arrays; `wide` sees all frames, too."""
-    matting, outlines = SelfieMatting(), OutlineParser()
-    shape = (len(crop), crop_px, crop_px)
-    waiting: deque[np.ndarray] = deque()  # the mattes come a frame late: they are the median of three
-    with tempfile.TemporaryFile() as frames_file, tempfile.TemporaryFile() as mattes_file, tempfile.TemporaryFile() as parts_file:
-
-        def mattes() -> Iterator[np.ndarray]:
-            for index, frame in enumerate(islice(read_video(scan.path, scan=scan), start, start + len(crop))):
-                picture = crop_picture(frame, crop[index], crop_px)
-                frames_file.write(picture.tobytes())
-                waiting.append(picture)
-                wide.put(index, frame, matting)
-                progress("crops", index + 1, len(crop), {})
-                yield matting(picture)
-
-        for index, matte in enumerate(steady_mattes(mattes())):
-            mattes_file.write(matte.tobytes())
-            picture = waiting.popleft()
-            parts_file.write((parser(picture) if parser else outlines(picture, matte, landmarks[index])).tobytes())
-        source = f"{matting.source}; {(parser or outlines).source}"
-        masks = FaceMasks(person=_mapped(mattes_file, shape), parts=_mapped(parts_file, shape), source=source)
-        return _mapped(frames_file, (*shape, 3)), masks
-
-
-class _WideCuts:
-    """Wide views, cut as the frames go by."""
-
-    def __init__(self, frames: Int[Tensor, " k"], crop: np.ndarray, crop_px: int) -> None:
-        self.frames, self.crop, self.crop_px = frames, crop / WIDER, crop_px
-        self.crop[:, :, 2] += (1 - 1 / WIDER) * crop_px / 2
-        self.pictures: list[np.ndarray] = []
-        self.mattes: list[np.ndarray] = []
-        self.beyond: list[np.ndarray] = []
-
-    def put(self, index: int, frame: UInt8[np.ndarray, "h w 3"], matting: SelfieMatting) -> None:
-        """Cut this frame if it is one of those chosen."""
-        if index not in self.frames:
-            return
-        picture = crop_picture(frame, self.crop[index], self.crop_px)
-        places = np.arange(self.crop_px) + 0.5
-        cropped = np.abs(places - self.crop_px / 2) < self.crop_px / (2 * WIDER)
-        scale, shift = self.crop[index, 0, 0], self.crop[index, :, 2]
-        filmed = [(places > offset) & (places < offset + scale * side) for offset, side in zip(shift, frame.shape[1::-1], strict=True)]
-        self.pictures.append(picture)
-        self.mattes += steady_mattes([matting(picture)])
-        self.beyond.append(filmed[1][:, None] & filmed[0] & ~(cropped[:, None] & cropped))
-
-    def views(self) -> WideViews | None:
-        """Return what was cut, if it shows anything beyond the crops."""
-        if not np.any(self.beyond):
-            return None
-        pictures, mattes, beyond = (np.stack(cut) for cut in (self.pictures, self.mattes, self.beyond))
-        return WideViews(frames=self.frames, pictures=pictures, mattes=mattes, beyond=beyond)
-
-
-def _mapped(file: Any, shape: tuple[int, ...]) -> np.ndarray:
-    """The bytes of a file as an array that is read from disk when it is looked at."""
-    file.flush()
-    return np.memmap(file, np.uint8, "r", shape=shape)
-
-
-def crop_picture(frame: np.ndarray, crop: np.ndarray, crop_px: int) -> np.ndarray:
-    """Cut the square of a crop map out of a frame, anti-aliased; beyond the frame its edge is repeated."""
-    scale = crop[0, 0]
-    side = crop_px / scale
-    left, top = -crop[0, 2] / scale, -crop[1, 2] / scale
-    height, width = frame.shape[:2]
-    margins = [int(max(np.ceil(value), 0)) for value in (-top, top + side - height, -left, left + side - width)]
-    if any(margins):
-        frame = np.pad(frame, ((margins[0], margins[1]), (margins[2], margins[3]), (0, 0)), mode="edge")
-        left, top = left + margins[2], top + margins[0]
-    picture = Image.fromarray(frame).resize((crop_px, crop_px), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
-    return np.asarray(picture)
 
 
 def _face_track(faces: Faces, motion: HeadMotion, crop: np.ndarray, size: tuple[int, int], crop_px: int) -> FaceTrack:
