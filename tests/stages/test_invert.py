@@ -11,7 +11,7 @@ from talk3d.models.avatar import Prior
 from talk3d.models.encoder import Encoder
 from talk3d.ops.geometry import head_camera
 from talk3d.presets import TINY_ENCODER
-from talk3d.stages.invert import InversionConfig, Views, guess_codes, invert
+from talk3d.stages.invert import WIDE_RAYS, InversionConfig, Views, _look, _Search, guess_codes, invert
 from talk3d.training.losses import PictureTarget
 from talk3d.types import Camera, Triplane
 
@@ -68,6 +68,28 @@ def test_tuning_learns_from_wide_views_where_they_count(prior: Prior) -> None:
     assert any("wide" in names for names in with_wide) and not any("wide" in names and "person" in names for names in with_wide)
     assert not any("wide" in names for names in without)
     assert seen > off + 0.05
+
+
+def test_a_wide_view_is_as_wrong_as_its_picture_where_it_counts(prior: Prior) -> None:
+    views, cameras = painted(prior, prior.generator.mapping(torch.randn(1, 8)), torch.zeros(3, dtype=torch.long))
+    search = _Search(prior, views, SHORT, device="cpu", seed=0)
+    with torch.no_grad():
+        colours, matte, _ = _look(search.generator, search.tuned.triplane(search.codes.person_rows()), cameras[1:2], WIDE_RAYS)
+        image, alpha = (rays.mT.unflatten(2, (WIDE_RAYS, WIDE_RAYS)) for rays in (colours, matte))
+        left = torch.zeros_like(alpha)
+        left[..., : WIDE_RAYS // 4] = 1.0
+        for change, emphasis, expected in ((0.0, None, 0.0), (0.5, None, 0.5), (0.5, left, 0.125), (0.5 * (1 - left), left, 0.0)):
+            target = PictureTarget(image=image + change, alpha=alpha)
+            wide = Views(target=target, cameras=cameras[1:2], moment=torch.zeros(1, dtype=torch.long), emphasis=emphasis)
+            assert float(search._look_wide(wide)) == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_wide_term_is_there_only_in_tuning_with_wide_views_that_weigh(prior: Prior) -> None:
+    views, _ = painted(prior, prior.generator.mapping(torch.randn(1, 8)), torch.zeros(3, dtype=torch.long))
+    for wide, weight in ((views, 1.0), (views, 0.0), (None, 1.0)):
+        search = _Search(prior, replace(views, wide=wide), replace(SHORT, wide_weight=weight), device="cpu", seed=0)
+        there = ["wide" in search.step(number) for number in range(8)]
+        assert there == [wide is not None and weight > 0 and number == 5 for number in range(8)]  # every third, from 2 on; 2 still inverts
 
 
 def test_moments_have_codes_of_their_own_round_the_person(prior: Prior) -> None:

@@ -80,10 +80,12 @@ def test_emphasis_is_one_with_bumps_over_the_face(clip: Clip) -> None:
 def test_wide_views_lie_over_black_and_count_beyond_the_crops(clip: Clip) -> None:
     mattes = np.zeros((1, 64, 64), np.uint8)
     mattes[:, 32:] = 255
+    mattes[:, 60:] = 51
     wide = WideViews(frames=torch.tensor([2]), pictures=np.full((1, 64, 64, 3), 255, np.uint8), mattes=mattes, beyond=mattes == 0)
     views = _wide_views(replace(clip, wide=wide))
     assert views is not None and views.emphasis is not None
-    assert (views.target.image[0, :, :32] == -1).all() and (views.target.image[0, :, 32:] == 1).all()
+    assert (views.target.image[0, :, :32] == -1).all() and (views.target.image[0, :, 32:60] == 1).all()
+    torch.testing.assert_close(views.target.image[0, :, 60:], torch.full((3, 4, 64), -0.6))
     assert torch.equal(views.emphasis[0, 0], torch.from_numpy(wide.beyond[0]).float())
     assert _wide_views(clip) is None
 

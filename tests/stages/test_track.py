@@ -149,6 +149,20 @@ class Everybody(SelfieMatting):
         return np.ones(picture.shape[:2], np.float32)
 
 
+def test_the_middle_of_a_wide_view_is_the_crop():
+    rows, columns = np.mgrid[:120, :160]
+    frame = np.stack([128 + 100 * np.sin(columns / 9), 128 + 100 * np.cos(rows / 9), rows + columns / 2], -1).astype(np.uint8)
+    crop = np.array([[[0.75, 0, -40.5], [0, 0.75, -21.0]]])
+    before = crop.copy()
+    wide = pasting.WideCuts(torch.tensor([0]), crop, 48)
+    wide.put(0, frame, Everybody())
+    found = wide.views()
+    assert found is not None and np.array_equal(crop, before), "the crops' maps were changed"
+    middle = Image.fromarray(found.pictures[0]).resize((48, 48), Image.Resampling.BICUBIC, box=(8, 8, 40, 40))
+    assert np.abs(np.asarray(middle, float) - pasting.crop_picture(frame, crop[0], 48)).mean() < 2
+    assert not found.beyond[0, 8:40, 8:40].any() and found.beyond[0, :8].all()
+
+
 def test_wide_views_know_where_the_film_ends():
     frame, crop = np.full((60, 90, 3), 7, np.uint8), np.array([[[1.0, 0, -20], [0, 1.0, -10]]] * 2)
     wide = pasting.WideCuts(torch.tensor([1]), crop, 48)  # shows columns 20 to 68 and rows 10 to 58 of the film, wide ones 8 to 80 and -2 to 70
