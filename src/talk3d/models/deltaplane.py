@@ -295,3 +295,15 @@ def _blend(bases: Float[Tensor, "n 3 c h w"], coefficients: Float[Tensor, "b m"]
 
 def _resample(how: Callable[[Tensor], Tensor], x: Float[Tensor, "b 3 c h w"]) -> Float[Tensor, "b 3 c i j"]:
     return how(x.flatten(0, 1)).unflatten(0, (-1, 3))
+
+
+class DeltaplaneTensors(nn.Module):
+    """`DeltaplanePredictor` between tensors alone, which CUDA graphs want."""
+
+    def __init__(self, predictor: DeltaplanePredictor) -> None:
+        super().__init__()
+        self.predictor = predictor
+
+    def forward(self, identity: Float[Tensor, "1 3 c p p"], tokens: Float[Tensor, "b k e"], coefficients: Float[Tensor, "b m"]) -> Tensor:
+        """Return the deltaplanes, b 3 c p p."""
+        return self.predictor(Triplane(planes=identity, axes=self.predictor.config.plane_axes), tokens, coefficients).planes

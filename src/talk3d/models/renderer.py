@@ -170,9 +170,12 @@ class TriplaneRenderer(nn.Module):
         return composite(features, density, distances, white_back=config.white_back)
 
     def render_found(
-        self, triplane: Triplane, rays: Rays, generator: torch.Generator
+        self, triplane: Triplane, rays: Rays, generator: torch.Generator | None
     ) -> tuple[Float[Tensor, "b r f"], Float[Tensor, "b r 1"], Float[Tensor, "b r 1"]]:
-        """Do what `render_rays` does, for training in half the time: few samples, where a look without gradients found something."""
+        """Do what `render_rays` does, for training in half the time: few samples, where a look without gradients found something.
+
+        `generator` draws where in its share each sample lies; None takes the middles.
+        """
         config = self.renderer_config
         looks, kept = max(24, config.depth_resolution), -(-5 * config.depth_resolution_importance // 8)
         with torch.no_grad():
@@ -239,9 +242,23 @@ class TriplaneRenderer(nn.Module):
     def _render_occupied(
         self, triplane: Triplane, rays: Rays, occupied: Bool[Tensor, "s s s"], generator: torch.Generator | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        config = self.renderer_config
-        rays, hit = limit_to_occupied(rays, occupied, config.box_warp)
-        batches = []
+        rays, hit = limit_to_occupied(rays, occupied, self.renderer_config.box_warp)
+        # elsewhere than on a CPU, counting what is in sight would make the host wait, and so would launching the work of each volume
+        return (self._render_all if generator is not None and hit.is_cuda else self._render_hit)(triplane, rays, hit, generator)
+
+    def _render_all(
+        self, triplane: Triplane, rays: Rays, hit: Bool[Tensor, "b r"], generator: torch.Generator | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Render all rays of all volumes together, and forget what is not hit."""
+        features, alpha, depth = self.render_found(triplane, rays, generator)
+        seen, background = hit.unsqueeze(-1), torch.full_like(features, float(self.renderer_config.white_back))
+        return torch.where(seen, features, background), alpha * seen, torch.where(seen, depth, rays.far)
+
+    def _render_hit(
+        self, triplane: Triplane, rays: Rays, hit: Bool[Tensor, "b r"], generator: torch.Generator | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Render what is hit of one volume after the other."""
+        config, batches = self.renderer_config, []
         for i in range(hit.shape[0]):
             index = hit[i].nonzero()[:, 0]
             empty = rays.far[i : i + 1].clone()

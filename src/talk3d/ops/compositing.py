@@ -19,6 +19,37 @@ def premultiply(image: Float[Tensor, "b 3 h w"], alpha: Float[Tensor, "b 1 h w"]
     return (image + 1) * alpha - 1
 
 
+HAIR_PX = 6
+"""Hair that a matte leaves out is looked for this near to the person."""
+SAME = 0.04
+"""What differs less from what is behind, of the whole range, is that."""
+
+
+def unmix(
+    image: Float[Tensor, "b 3 h w"], alpha: Float[Tensor, "b 1 h w"], behind: Float[Tensor, "3 h w"], steady: Float[Tensor, "1 h w"]
+) -> tuple[Float[Tensor, "b 3 h w"], Float[Tensor, "b 1 h w"]]:
+    """Lay a person over black, without what shines through from behind, and find more opacity where the picture needs it.
+
+    Near the person a pixel is at least so opaque that some colour could make what is seen out of what is behind; a matte alone leaves hair out.
+    Laid over what is behind again, the result is the picture, wherever that is steady.
+
+    Args:
+        image: in [-1, 1].
+        alpha: its matte, 0 … 1.
+        behind: the person, [-1, 1].
+        steady: 1 where that is known, 0 elsewhere, where this is `premultiply`.
+
+    Reference: Smith and Blinn, Blue screen matting, SIGGRAPH 1996.
+    """
+    seen, back = (image + 1) / 2, (behind + 1) / 2
+    brighter = (seen - back - SAME).clamp(min=0) / (1 - back).clamp(min=SAME)
+    darker = (back - seen - SAME).clamp(min=0) / back.clamp(min=SAME)
+    near = F.max_pool2d((alpha > 0.5).float(), 2 * HAIR_PX + 1, 1, HAIR_PX)
+    found = torch.maximum(alpha, steady * near * torch.maximum(brighter, darker).amax(1, keepdim=True).clamp(max=1))
+    own = (seen - (1 - found) * back).clamp(min=0).minimum(found)
+    return 2 * torch.where(steady > 0, own, seen * alpha) - 1, found
+
+
 def resample(picture: Float[Tensor, "c h w"], target_to_source: Float64[np.ndarray, "2 3"], size: tuple[int, int]) -> Float[Tensor, "c H W"]:
     """A picture of another size (height, width) whose pixels come from where an affine map says; bilinear, the edges repeated.
 

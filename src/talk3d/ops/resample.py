@@ -3,12 +3,20 @@
 The filter is outer([1, 3, 3, 1], [1, 3, 3, 1]) / 64 throughout. Must not import anything above `types`.
 """
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
 _TAPS = (0.125, 0.375, 0.375, 0.125)
+
+
+@functools.cache
+def _taps(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The filter's taps there, made once: CUDA graphs must not copy them from the host."""
+    return torch.tensor(_TAPS, dtype=dtype, device=device)
 
 
 def fir_filter() -> Float[Tensor, "4 4"]:
@@ -27,7 +35,7 @@ def fir(x: Float[Tensor, "b c h w"], pad: tuple[int, int], gain: float = 1.0, st
     if torch.compiler.is_compiling():
         return _fir_by_shifts(x, pad, gain, stride)
     channels = x.shape[1]
-    taps = torch.tensor(_TAPS, dtype=x.dtype, device=x.device)
+    taps = _taps(x.dtype, x.device)
     rows = taps.view(1, 1, 4, 1).expand(channels, 1, 4, 1)
     columns = (gain * taps).view(1, 1, 1, 4).expand(channels, 1, 1, 4)
     x = F.pad(x, (*pad, *pad))

@@ -22,14 +22,13 @@ from talk3d.errors import ConfigError
 from talk3d.models.avatar import PersonalizedGenerator, Prior
 from talk3d.models.generator import TriplaneGenerator
 from talk3d.models.renderer import RendererConfig
-from talk3d.models.stylegan2 import resize_to
 from talk3d.ops.geometry import head_camera
 from talk3d.training.loop import Best, Loop, cosine_decay
 from talk3d.training.losses import LOSS_WEIGHTS, PictureTarget, picture_losses, weighted_sum
 from talk3d.types import Camera, Progress, Rendering, Triplane, silent
 
 WIDE_RAYS = 64
-"""Rays a side of wide views."""
+"""Rays a side of wide views; they go through every so many-th row and column of the picture, others each time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -336,9 +335,13 @@ class _Search:
         index = torch.randint(len(wide.cameras), (1,), generator=self.generators["choice"])
         counts = torch.ones_like(wide.target.alpha[index]) if wide.emphasis is None else wide.emphasis[index]
         wanted = torch.cat([wide.target.image[index], wide.target.alpha[index], counts], 1)
-        *wanted, counts = resize_to(wanted, WIDE_RAYS).flatten(2).mT.to(self.device).split([3, 1, 1], -1)  # b r c
+        side = wanted.shape[-1]
+        step = max(step for step in range(1, max(1, side // WIDE_RAYS) + 1) if side % step == 0)
+        row, column = torch.randint(step, (2,), generator=self.generators["choice"]).tolist()
+        *wanted, counts = wanted[..., row::step, column::step].flatten(2).mT.to(self.device).split([3, 1, 1], -1)  # b r c
+        camera = wide.cameras[index].every(step, row, column, side).to(self.device)
         rows = self.codes.person_rows().detach()
-        found = _look(self.generator, self.tuned.triplane(rows), wide.cameras[index].to(self.device), WIDE_RAYS)
+        found = _look(self.generator, self.tuned.triplane(rows), camera, side // step)
         different = sum((now - then).abs().mean(-1, keepdim=True) for now, then in zip(found, wanted, strict=False))
         return (different * counts).mean()
 

@@ -3,8 +3,10 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from jaxtyping import Float, Int
@@ -13,13 +15,14 @@ from torch import Tensor, nn
 from talk3d.errors import ConfigError
 from talk3d.metrics.image import SSIM_WINDOW, ssim_map
 from talk3d.models.avatar import Avatar
+from talk3d.models.deltaplane import DeltaplaneTensors
 from talk3d.ops.compositing import premultiply
 from talk3d.perception.facetemplate import ModelKind
 from talk3d.perception.identity import SIDE_PX, Likeness, align_faces, five_points, load_identity
 from talk3d.perception.landmarks import mouth_opening
 from talk3d.perception.lipsync import NUM_FRAMES
 from talk3d.perception.perceptual import load_lpips
-from talk3d.stages.personalize import face_emphasis
+from talk3d.stages.personalize import face_emphasis, foreground, where_steady
 from talk3d.training.lips import LipReader, SyncLoss, mouth_looks, mouth_windows, teach, window_crops
 from talk3d.training.loop import Average, cosine_decay
 from talk3d.training.losses import (
@@ -185,6 +188,9 @@ class Lesson:
         self.parameters = [part for _, parts in groups for part in parts if part.requires_grad]
         self.sides = SideViews(avatar.personalized, track.cameras[:num_frames], device) if config.weights.sides else None
         self.rest = self._mean_coefficients()
+        self.predict = self._predictor()
+        self.plate = avatar.background.cpu()
+        self.steady = where_steady(clip, self.plate)
         self.generators = {"choice": torch.Generator().manual_seed(seed)}
 
     def _mean_coefficients(self) -> Float[Tensor, "1 k"]:
@@ -193,6 +199,19 @@ class Lesson:
         driving = self.clip.driving(index).to(self.device)
         with torch.no_grad():
             return self.avatar.conditioner.coefficients(driving, self.heard.shapes.values[index].to(driving.blink)).mean(0, keepdim=True)
+
+    def _predictor(self) -> Callable[..., Float[Tensor, "b 3 c p p"]]:
+        """Return the deltaplane's network; on a GPU its many small steps are recorded once and replayed, since launching them takes longest."""
+        avatar, tensors = self.avatar, DeltaplaneTensors(self.avatar.predictor)
+        if not self.device.startswith("cuda"):
+            return tensors
+        frames = torch.arange(self.run_length).repeat(self._num_runs)
+        with torch.no_grad():
+            driving = self.clip.driving(frames).to(self.device)
+            tokens = avatar.conditioner(driving)
+            coefficients = avatar.conditioner.coefficients(driving, avatar.conditioner.mouth(tokens))
+        sample = (avatar.personalized.identity.detach().clone().requires_grad_(), tokens.requires_grad_(), coefficients)
+        return cast(Callable[..., Tensor], torch.cuda.make_graphed_callables(tensors, sample, allow_unused_input=True))
 
     def listen(self, progress: Progress) -> None:
         """Teach the audio encoder to tell the shape of the mouth, and the lip reader to read it.
@@ -277,10 +296,13 @@ class Lesson:
         loss = weighted_sum(terms, vars(self.config.weights))
         return {name: term.detach() for name, term in terms.items()}, torch.autograd.grad(loss, self.parameters, allow_unused=True)
 
+    @property
+    def _num_runs(self) -> int:
+        return 1 if self.config.weights.sync else self.config.frames_per_step // self.run_length
+
     def _draw(self) -> Int[Tensor, " b"]:
         """Frames of a step: single ones, or runs of consecutive ones where a term compares or hears these."""
-        count = 1 if self.config.weights.sync else self.config.frames_per_step // self.run_length
-        first = torch.multinomial(self.chances, count, replacement=True, generator=self.generators["choice"])
+        first = torch.multinomial(self.chances, self._num_runs, replacement=True, generator=self.generators["choice"])
         return (first[:, None] + torch.arange(self.run_length)).flatten()
 
     def _render(self, index: Int[Tensor, " b"], choice: torch.Generator, rays: torch.Generator) -> tuple[Rendering, Triplane, Float[Tensor, "b k"]]:
@@ -296,7 +318,8 @@ class Lesson:
         mouth = torch.where(tracked.to(heard.device), self.heard.shapes.values[index].to(heard), heard)
         person = avatar.personalized
         coefficients = avatar.conditioner.coefficients(driving, mouth)
-        planes = person.triplane + avatar.predictor(person.triplane, tokens, coefficients)
+        delta = Triplane(planes=self.predict(person.identity, tokens, coefficients), axes=person.triplane.axes)
+        planes = person.triplane + delta
         return person.render(planes, self.clip.track.cameras[index].to(self.device), rays), planes, coefficients
 
     def _at_rest(self, planes: Triplane, coefficients: Float[Tensor, "b k"]) -> Triplane:
@@ -332,9 +355,11 @@ class Lesson:
         return terms
 
     def _target(self, index: Int[Tensor, " b"]) -> tuple[PictureTarget, Float[Tensor, "b 1 h w"]]:
-        image, alpha = self.clip.images(index)
-        emphasis = face_emphasis(self.clip.track.landmarks[index].float(), image.shape[-1], self.config.mouth_emphasis, self.config.face_emphasis)
-        target = PictureTarget(image=premultiply(image, alpha).to(self.device), alpha=alpha.to(self.device))
+        target = foreground(self.clip, index, self.plate, self.steady)
+        emphasis = face_emphasis(
+            self.clip.track.landmarks[index].float(), target.image.shape[-1], self.config.mouth_emphasis, self.config.face_emphasis
+        )
+        target = PictureTarget(image=target.image.to(self.device), alpha=target.alpha.to(self.device))
         return target, (emphasis / emphasis.mean((1, 2, 3), keepdim=True)).to(self.device)
 
     def _driving(self, index: Int[Tensor, " b"], choice: torch.Generator) -> Driving:

@@ -9,18 +9,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from talk3d.errors import ConfigError, ShapeError, TrackingError
 from talk3d.io.weights import load_prior
 from talk3d.models.avatar import PersonalizedGenerator, Prior
-from talk3d.ops.compositing import premultiply
+from talk3d.ops.compositing import premultiply, unmix
 from talk3d.ops.geometry import farthest_points
 from talk3d.perception.landmarks import mouth_opening
 from talk3d.stages.invert import InversionConfig, Views, finer_rays, invert
 from talk3d.training.losses import PictureTarget
 from talk3d.types import Clip, Progress, silent
+
+LEAST_SEEN = 4
+"""Frames, of those looked at, that must show what is behind the person somewhere."""
+UNSTEADY = 0.06
+"""What is behind the person changes where it differs by more than this in them, root mean square, of pictures in [-1, 1]."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +138,9 @@ def personalize(
         raise ShapeError(f"the clip has {clip.frames.shape[1]} pixels a side, the prior paints {side}: track the video again with --size-px {side}")
     chosen = choose_frames(clip, config.num_frames + 1)
     chosen, validation = chosen[:-1], chosen[-1:]
-    views = dataclasses.replace(_views(clip, chosen), validation=_views(clip, validation), wide=_wide_views(clip))
+    plate = background_plate(clip)
+    learnt, kept = (_views(clip, frames, plate, where_steady(clip, plate)) for frames in (chosen, validation))
+    views = dataclasses.replace(learnt, validation=kept, wide=_wide_views(clip))
     inversion = invert(prior, views, config, device=device, seed=seed, progress=progress, checkpoint=checkpoint, stage="personalize")
     provenance = {
         "prior": prior.provenance,
@@ -145,14 +153,14 @@ def personalize(
     return inversion.personalized(provenance)
 
 
-def _views(clip: Clip, frames: Int[Tensor, " k"]) -> Views:
+def _views(clip: Clip, frames: Int[Tensor, " k"], plate: Float[Tensor, "3 h w"], steady: Float[Tensor, "1 h w"]) -> Views:
     """Frames of the clip, each a moment of its own."""
-    image, alpha = clip.images(frames)
+    target = foreground(clip, frames, plate, steady)
     return Views(
-        target=PictureTarget(image=premultiply(image, alpha), alpha=alpha),
+        target=target,
         cameras=clip.track.cameras[frames],
         moment=torch.arange(len(frames)),
-        emphasis=face_emphasis(clip.track.landmarks[frames].float(), image.shape[-1], 3.0, 2.0),
+        emphasis=face_emphasis(clip.track.landmarks[frames].float(), target.image.shape[-1], 3.0, 2.0),
     )
 
 
@@ -168,3 +176,56 @@ def _wide_views(clip: Clip) -> Views | None:
         moment=torch.arange(len(image)),
         emphasis=torch.from_numpy(clip.wide.beyond)[:, None].float(),
     )
+
+
+def background_plate(clip: Clip, num_frames: int = 64) -> Float[Tensor, "3 h w"]:
+    """What is behind the person, in [-1, 1]: the mean of what was uncovered, smoothly continued where little or nothing ever was.
+
+    A pixel that was uncovered in half of the frames is taken as it is. One that was seldom uncovered, where the head's outline comes and goes, is
+    taken less the fewer frames show it, so that the outline leaves no seam.
+    """
+    index = torch.linspace(0, clip.num_training_frames - 1, min(num_frames, clip.num_training_frames)).long()
+    total = torch.zeros(1, 3, *clip.frames.shape[1:3])
+    weight = torch.zeros(1, 1, *clip.frames.shape[1:3])
+    for one in index.split(8):
+        image, alpha = clip.images(one)
+        free = _uncovered(alpha)
+        total += (image * free).sum(0, keepdim=True)
+        weight += free.sum(0, keepdim=True)
+    seen, certain = total / weight.clamp(min=1e-6), (2 * weight / len(index)).clamp(max=1).square()
+    plate = _fill(seen, certain)
+    for _ in range(300):  # let what is guessed run smoothly into what was seen
+        plate = torch.lerp(F.avg_pool2d(F.pad(plate, (1, 1, 1, 1), mode="replicate"), 3, stride=1), seen, certain)
+    return plate[0]
+
+
+def _fill(colour: Float[Tensor, "1 c h w"], certain: Float[Tensor, "1 1 h w"]) -> Float[Tensor, "1 c h w"]:
+    """Take what is not certain from the same picture at half the size, and so on (pull and push)."""
+    if min(colour.shape[-2:]) <= 1:
+        return colour
+    share = F.avg_pool2d(certain, 2, ceil_mode=True)
+    coarse = _fill(F.avg_pool2d(colour * certain, 2, ceil_mode=True) / share.clamp(min=1e-6), (4 * share).clamp(max=1))
+    return torch.lerp(F.interpolate(coarse, size=colour.shape[-2:], mode="bilinear", align_corners=False), colour, certain)
+
+
+def where_steady(clip: Clip, plate: Float[Tensor, "3 h w"], num_frames: int = 64) -> Float[Tensor, "1 h w"]:
+    """Say where the plate is what is behind the person in all frames: 1 where some were uncovered and looked like it, 0 elsewhere."""
+    index = torch.linspace(0, clip.num_training_frames - 1, min(num_frames, clip.num_training_frames)).long()
+    total, weight = torch.zeros_like(plate[:1]), torch.zeros_like(plate[:1])
+    for one in index.split(8):
+        image, alpha = clip.images(one)
+        free = _uncovered(alpha)
+        total += ((image - plate).square().mean(1, keepdim=True) * free).sum(0)
+        weight += free.sum(0)
+    return ((weight >= LEAST_SEEN) & ((total / weight.clamp(min=1)).sqrt() < UNSTEADY)).float()
+
+
+def _uncovered(alpha: Float[Tensor, "b 1 h w"]) -> Float[Tensor, "b 1 h w"]:
+    """1 where nothing of the person is near."""
+    return (F.max_pool2d(alpha, 9, stride=1, padding=4) < 0.02).float()
+
+
+def foreground(clip: Clip, frames: Int[Tensor, " b"], plate: Float[Tensor, "3 h w"], steady: Float[Tensor, "1 h w"]) -> PictureTarget:
+    """Return what should be rendered of these frames: the person without what shines through, hair and all."""
+    image, alpha = unmix(*clip.images(frames), plate, steady)
+    return PictureTarget(image=image, alpha=alpha)

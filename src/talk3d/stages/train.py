@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -22,7 +21,7 @@ from talk3d.models.deltaplane import DeltaplaneConfig
 from talk3d.models.renderer import RendererConfig
 from talk3d.ops.compositing import premultiply
 from talk3d.stages.lesson import Lesson, LessonConfig
-from talk3d.stages.personalize import face_emphasis
+from talk3d.stages.personalize import background_plate, face_emphasis
 from talk3d.stages.viewpoints import trained_views
 from talk3d.training.loop import Best, Loop
 from talk3d.types import Clip, Progress, silent
@@ -177,33 +176,3 @@ def with_rays(person: PersonalizedGenerator, rays: int | None, samples: int | No
     result = PersonalizedGenerator(config, person.provenance)
     result.load_state_dict(person.state_dict())
     return result.to(person.identity.device).eval()
-
-
-def background_plate(clip: Clip, num_frames: int = 64) -> Float[Tensor, "3 h w"]:
-    """What is behind the person, in [-1, 1]: the mean of what was uncovered, smoothly continued where little or nothing ever was.
-
-    A pixel that was uncovered in half of the frames is taken as it is. One that was seldom uncovered, where the head's outline comes and goes, is
-    taken less the fewer frames show it, so that the outline leaves no seam.
-    """
-    index = torch.linspace(0, clip.num_training_frames - 1, min(num_frames, clip.num_training_frames)).long()
-    total = torch.zeros(1, 3, *clip.frames.shape[1:3])
-    weight = torch.zeros(1, 1, *clip.frames.shape[1:3])
-    for one in index.split(8):
-        image, alpha = clip.images(one)
-        free = (F.max_pool2d(alpha, 9, stride=1, padding=4) < 0.02).float()
-        total += (image * free).sum(0, keepdim=True)
-        weight += free.sum(0, keepdim=True)
-    seen, certain = total / weight.clamp(min=1e-6), (2 * weight / len(index)).clamp(max=1).square()
-    plate = _fill(seen, certain)
-    for _ in range(300):  # let what is guessed run smoothly into what was seen
-        plate = torch.lerp(F.avg_pool2d(F.pad(plate, (1, 1, 1, 1), mode="replicate"), 3, stride=1), seen, certain)
-    return plate[0]
-
-
-def _fill(colour: Float[Tensor, "1 c h w"], certain: Float[Tensor, "1 1 h w"]) -> Float[Tensor, "1 c h w"]:
-    """Take what is not certain from the same picture at half the size, and so on (pull and push)."""
-    if min(colour.shape[-2:]) <= 1:
-        return colour
-    share = F.avg_pool2d(certain, 2, ceil_mode=True)
-    coarse = _fill(F.avg_pool2d(colour * certain, 2, ceil_mode=True) / share.clamp(min=1e-6), (4 * share).clamp(max=1))
-    return torch.lerp(F.interpolate(coarse, size=colour.shape[-2:], mode="bilinear", align_corners=False), colour, certain)

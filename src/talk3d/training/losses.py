@@ -104,6 +104,8 @@ UNSEEN_DEG = 12.0
 """A view is not filmed if no frame is within this of its yaw and pitch."""
 SIDE_RAYS = 48
 """Rays a side of the views from the side."""
+SIDE_STEP = 3
+"""They are every so many-th row and column of a larger picture, others each time."""
 
 
 class SideViews:
@@ -125,10 +127,13 @@ class SideViews:
         angles = angles[torch.cdist(angles, seen).amin(1) > UNSEEN_DEG]
         self.cameras = head_camera(F.pad(angles, (0, 1)).deg2rad()).to(device)
         with torch.no_grad():
-            self.pictures = [self._look(person, person.triplane, self.cameras[number : number + 1], None) for number in range(len(angles))]
+            whole = SIDE_RAYS * SIDE_STEP
+            self.pictures = [self._look(person, person.triplane, self.cameras[number : number + 1], whole, None) for number in range(len(angles))]
 
-    def _look(self, person: PersonalizedGenerator, planes: Triplane, camera: Camera, rays: torch.Generator | None) -> Float[Tensor, "1 4 p p"]:
-        features, alpha, _ = person.renderer.render_features(planes, camera, SIDE_RAYS, generator=rays, occupied=person.occupied)
+    def _look(
+        self, person: PersonalizedGenerator, planes: Triplane, camera: Camera, side: int, rays: torch.Generator | None
+    ) -> Float[Tensor, "1 4 p p"]:
+        features, alpha, _ = person.renderer.render_features(planes, camera, side, generator=rays, occupied=person.occupied)
         return torch.cat([features[:, :3], alpha], 1)
 
     def loss(self, person: PersonalizedGenerator, planes: Triplane, choice: torch.Generator, rays: torch.Generator) -> Float[Tensor, ""]:
@@ -137,14 +142,16 @@ class SideViews:
         Args:
             person: as trained so far.
             planes: its planes at rest, batch 1.
-            choice: which view.
+            choice: which view, and which of its rows and columns.
             rays: jitters the samples.
         """
         if not self.pictures:
             return planes.planes.new_zeros([])
         number = int(torch.randint(len(self.pictures), (1,), generator=choice))
-        found = self._look(person, planes, self.cameras[number : number + 1], rays)
-        different = (found - self.pictures[number]).abs().mean((0, 2, 3))
+        row, column = torch.randint(SIDE_STEP, (2,), generator=choice).tolist()
+        camera = self.cameras[number : number + 1].every(SIDE_STEP, row, column, SIDE_RAYS * SIDE_STEP)
+        found = self._look(person, planes, camera, SIDE_RAYS, rays)
+        different = (found - self.pictures[number][..., row::SIDE_STEP, column::SIDE_STEP]).abs().mean((0, 2, 3))
         return different[:3].mean() + different[3]
 
 

@@ -47,6 +47,16 @@ class Camera:
         """Pick cameras along the first batch axis."""
         return Camera(cam2world=self.cam2world[index], intrinsics=self.intrinsics[index])
 
+    def every(self, step: int, row: int, column: int, side: int) -> "Camera":
+        """Return the cameras whose pictures are every `step`-th row and column, from these on, of these cameras' pictures of `side` pixels a side.
+
+        Rays that always went through the same few places would leave what lies between them to chance.
+        """
+        intrinsics = self.intrinsics.clone()
+        intrinsics[..., 0, 2] += ((step - 1) / 2 - column) / side
+        intrinsics[..., 1, 2] += ((step - 1) / 2 - row) / side
+        return Camera(cam2world=self.cam2world, intrinsics=intrinsics)
+
     def to(self, device: torch.device | str) -> "Camera":
         """Return the same cameras on another device."""
         return Camera(cam2world=self.cam2world.to(device), intrinsics=self.intrinsics.to(device))
