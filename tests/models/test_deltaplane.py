@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from talk3d.models import deltaplane
-from talk3d.models.deltaplane import BatchNorm, DeltaplaneConfig, DeltaplanePredictor, DeltaplanePrefix, face_window, positions
+from talk3d.models.deltaplane import BatchNorm, DeltaplaneConfig, DeltaplanePredictor, DeltaplanePrefix, DeltaplaneTensors, face_window, positions
 from talk3d.ops.planes import project_points, roll_out
 from talk3d.ops.resample import downsample2, upsample2
 from talk3d.types import PlaneAxes, Triplane
@@ -253,3 +253,10 @@ def test_one_pass_in_training_equals_a_batch_of_copies(make_predictor, identity:
     expected = {name: parameter.grad for name, parameter in repeated.named_parameters()} | dict(repeated.named_buffers())
     for name, value in found.items():
         torch.testing.assert_close(value, expected[name], atol=1e-8, rtol=1e-7, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_between_tensors_it_is_the_same_network(make_predictor, identity: Triplane) -> None:
+    predictor = make_predictor()
+    tokens = torch.randn(2, 5, predictor.config.token_width)
+    weights = torch.randn(2, predictor.config.num_bases)
+    assert DeltaplaneTensors(predictor)(identity.planes, tokens, weights).equal(predictor(identity, tokens, weights).planes)

@@ -12,8 +12,9 @@ from talk3d.models.renderer import GuidedRenderer, PointDecoder, RendererConfig,
 from talk3d.models.superresolution import SuperresolutionConfig
 from talk3d.ops.geometry import head_camera, move_camera, project, rotation_from_vector
 from talk3d.ops.planes import project_points, sample_planes
+from talk3d.ops.rays import limit_to_occupied
 from talk3d.ops.volume import segment_weights, stratified_distances
-from talk3d.types import Triplane
+from talk3d.types import Rays, Triplane
 
 SIZES = RendererConfig(
     w_dim=6,
@@ -354,3 +355,21 @@ def test_planes_that_lie_elsewhere_in_head_space_are_seen_by_moved_cameras() -> 
     for expected, found in zip(*results, strict=True):
         torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
     assert float(results[0][0].std()) > 0.01
+
+
+def test_all_volumes_together_look_and_teach_as_one_after_the_other() -> None:
+    renderer, triplane = random_volume(3)
+    camera = head_camera(torch.tensor([[0.0, 0.0, 0.0], [0.5, 0.1, 0.0], [-0.4, 0.0, 0.1]]))
+    occupied = torch.zeros(16, 16, 16, dtype=torch.bool)
+    occupied[4:12, 3:9, 5:13] = True
+    rays, hit = limit_to_occupied(renderer.rays(camera, 12), occupied, renderer.renderer_config.box_warp)
+    assert hit.any(1).all() and not hit.all()
+    together = renderer._render_all(triplane, rays, hit, None)
+    for number in range(3):
+        index = hit[number].nonzero()[:, 0]
+        one = Rays(**{name: getattr(rays, name)[number : number + 1, index] for name in ("origins", "directions", "near", "far")})
+        alone = renderer.render_found(Triplane(planes=triplane.planes[number : number + 1], axes=triplane.axes), one, None)
+        for whole, part in zip(together, alone, strict=True):
+            torch.testing.assert_close(whole[number : number + 1, index], part, atol=1e-5, rtol=1e-4)
+    features, alpha, depth = (x[~hit] for x in together)
+    assert features.eq(0).all() and alpha.eq(0).all() and depth.equal(rays.far[~hit])

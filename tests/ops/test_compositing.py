@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from talk3d.ops.compositing import inner_matte, inverse, match_colours, membrane, paste, premultiply, resample, soft_window
+from talk3d.ops.compositing import SAME, inner_matte, inverse, match_colours, membrane, paste, premultiply, resample, soft_window, unmix
 
 CROP = np.array([[0.8, 0.1, -20.0], [-0.1, 0.8, -8.0]])
 SIDE = 48
@@ -124,3 +124,28 @@ def test_a_fringe_at_the_outline_leaves_no_edge() -> None:
     identity = np.eye(2, 3)
     assert steepness(paste(film, picture, alpha, identity)) > 1.1 * steepness(film)
     assert steepness(paste(film, picture, inner_matte(alpha), identity)) < 1.02 * steepness(film)
+
+
+def test_what_shines_through_is_taken_out_and_the_whole_is_the_picture_again() -> None:
+    generator = torch.Generator().manual_seed(0)
+    own, behind = torch.rand(1, 3, 32, 32, generator=generator), torch.rand(3, 32, 32, generator=generator)
+    alpha = disc(32, 9, 4)[None]
+    seen = alpha * own + (1 - alpha) * behind
+    image, found = unmix(2 * seen - 1, alpha, 2 * behind - 1, torch.ones(1, 32, 32))
+    assert (found - alpha).abs().max() < 1e-6  # the matte is right: the picture asks for no more
+    torch.testing.assert_close((image + 1) / 2, alpha * own, atol=1e-5, rtol=0)
+
+
+def test_hair_near_the_person_is_found_against_a_steady_wall_alone() -> None:
+    behind, alpha = torch.full((3, 32, 32), 0.6), disc(32, 6, 1)[None]
+    seen = behind[None].clone()
+    rows, columns = (torch.tensor([15, 15, 15]), torch.tensor([24, 25, 31]))  # two hairs 3 px beside the disc, one far away
+    seen[:, :, rows[:2], columns[:2]] = torch.tensor([0.0, 0.3])
+    seen[:, :, rows[2], columns[2]] = 0.0
+    for steady in (1.0, 0.0):
+        image, found = unmix(2 * seen - 1, alpha, 2 * behind - 1, torch.full((1, 32, 32), steady))
+        hairs = found[0, 0, rows, columns]
+        expected = torch.tensor([(0.6 - SAME) / 0.6, (0.3 - SAME) / 0.6, 0.0]) if steady else torch.zeros(3)
+        torch.testing.assert_close(hairs, expected, atol=1e-5, rtol=0)
+        if not steady:
+            torch.testing.assert_close(image, premultiply(2 * seen - 1, alpha))

@@ -14,8 +14,17 @@ import torch
 from talk3d.errors import ConfigError, ShapeError, TrackingError, WeightsError
 from talk3d.models.avatar import PersonalizedGenerator, Prior
 from talk3d.ops.compositing import premultiply
-from talk3d.stages.personalize import PersonalizeConfig, _wide_views, choose_frames, face_emphasis, personalize
-from talk3d.types import Clip, WideViews
+from talk3d.stages.personalize import (
+    PersonalizeConfig,
+    _wide_views,
+    background_plate,
+    choose_frames,
+    face_emphasis,
+    foreground,
+    personalize,
+    where_steady,
+)
+from talk3d.types import Clip, FaceMasks, WideViews
 
 SHORT = PersonalizeConfig(num_frames=4, frames_per_step=2, inversion_steps=10, tuning_steps=10)
 
@@ -151,3 +160,76 @@ def test_unfit_settings_and_checkpoints_are_refused(clip: Clip, prior: Prior, tm
 
 def test_a_frame_is_never_chosen_twice_even_if_all_look_the_same(still: Clip) -> None:
     assert len(set(choose_frames(still, 8).tolist())) == 8
+
+
+def discs(side: int, centres: list[tuple[int, int]], radius: int) -> np.ndarray:
+    rows, columns = np.mgrid[:side, :side]
+    return np.stack([np.where((rows - y) ** 2 + (columns - x) ** 2 < radius**2, 255, 0).astype(np.uint8) for x, y in centres])
+
+
+def scene(clip_of: Callable[..., Clip], wall: np.ndarray, masks: np.ndarray) -> Clip:
+    frames = np.where(masks[..., None] > 0, np.uint8(250), wall[None]).astype(np.uint8)
+    return clip_of(len(masks), wall.shape[0], frames=frames, masks=FaceMasks(person=masks, source="test"), num_training_frames=len(masks))
+
+
+def test_the_wall_behind_a_moving_person_comes_back(clip_of: Callable[..., Clip]) -> None:
+    side = 64
+    wall = np.stack(np.broadcast_arrays(np.linspace(0, 255, side)[None], np.linspace(255, 0, side)[:, None], np.full((side, side), 77.0)), -1)
+    wall = wall.round().astype(np.uint8)
+    found = background_plate(scene(clip_of, wall, discs(side, [(14, 32), (50, 32), (32, 12), (32, 52)], 9)))
+    torch.testing.assert_close(found, torch.from_numpy(wall).permute(2, 0, 1).float() / 127.5 - 1, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("side", [64, 50])
+def test_what_was_never_uncovered_continues_smoothly(clip_of: Callable[..., Clip], side: int) -> None:
+    flat = background_plate(scene(clip_of, np.full((side, side, 3), 100, np.uint8), discs(side, [(side // 2, side // 2)] * 3, side // 4)))
+    torch.testing.assert_close(flat, torch.full((3, side, side), 100 / 127.5 - 1), atol=0.02, rtol=0)
+    ramp = np.broadcast_to(np.linspace(50, 200, side)[None, :, None], (side, side, 3)).round().astype(np.uint8)
+    found = background_plate(scene(clip_of, ramp, discs(side, [(side // 2, side // 2)] * 3, side // 4)))
+    torch.testing.assert_close(found, torch.from_numpy(ramp.copy()).permute(2, 0, 1).float() / 127.5 - 1, atol=0.35, rtol=0)
+    assert found.diff(dim=-1).abs().max() < 0.35
+
+
+def test_what_was_seldom_uncovered_leaves_no_seam(clip_of: Callable[..., Clip]) -> None:
+    """The wall is brighter in the one frame of ten that shows a ring round the head: its mean would jump by 0.7 from pixel to pixel."""
+    masks = np.concatenate([discs(64, [(32, 32)] * 9, 20), discs(64, [(32, 32)], 12)])
+    wall = np.full((10, 64, 64, 3), 100, np.uint8)
+    wall[9] = 200
+    frames = np.where(masks[..., None] > 0, np.uint8(250), wall).astype(np.uint8)
+    clip = clip_of(10, 64, frames=frames, masks=FaceMasks(person=masks, source="test"), num_training_frames=10)
+    found = background_plate(clip)
+    torch.testing.assert_close(found[:, :6], torch.full((3, 6, 64), 110 / 127.5 - 1))
+    assert found[0, 32, 12] > 0.3
+    assert found.diff(dim=-1).abs().max() < 0.3
+
+
+def test_a_person_who_fills_the_picture_has_a_grey_wall(clip_of: Callable[..., Clip]) -> None:
+    found = background_plate(scene(clip_of, np.full((32, 32, 3), 9, np.uint8), np.full((3, 32, 32), 255, np.uint8)))
+    assert found.eq(0).all()
+
+
+def test_the_plate_is_steady_where_enough_frames_show_the_same(clip_of: Callable[..., Clip]) -> None:
+    """Six frames: the left half of the wall never changes, the right half flickers, and the middle is covered in all but three."""
+    masks = discs(64, [(32, 32)] * 6, 12)
+    masks[:3] = 0
+    wall = np.full((6, 64, 64, 3), 100, np.uint8)
+    wall[::2, :, 48:] = 160
+    frames = np.where(masks[..., None] > 0, np.uint8(250), wall).astype(np.uint8)
+    clip = clip_of(6, 64, frames=frames, masks=FaceMasks(person=masks, source="test"), num_training_frames=6)
+    steady = where_steady(clip, background_plate(clip))
+    assert steady.shape == (1, 64, 64) and set(steady.unique().tolist()) == {0.0, 1.0}
+    assert steady[0, :, :14].eq(1).all() and steady[0, :, 48:].eq(0).all() and steady[0, 32, 32] == 0
+
+
+def test_targets_are_the_person_and_the_hair_that_a_matte_leaves_out(clip_of: Callable[..., Clip]) -> None:
+    masks = discs(64, [(20, 32), (44, 32), (32, 20), (32, 44), (32, 32), (20, 32)], 10)
+    clip = scene(clip_of, np.full((64, 64, 3), 200, np.uint8), masks)
+    clip.frames[4, 32, 44] = 0  # two pixels beside the last disc, and one far from it
+    clip.frames[4, 5, 5] = 0
+    plate = background_plate(clip)
+    target = foreground(clip, torch.tensor([4]), plate, where_steady(clip, plate))
+    assert target.alpha[0, 0, 32, 44] > 0.94 and target.alpha[0, 0, 32, 46] == 0 and target.alpha[0, 0, 5, 5] == 0
+    torch.testing.assert_close(target.image[0, :, 32, 32], torch.full((3,), 250 / 127.5 - 1))
+    over = target.image + (1 - target.alpha) * (plate + 1)
+    near = slice(16, 48)
+    torch.testing.assert_close(over[0, :, near, near], clip.images(torch.tensor([4]))[0][0, :, near, near], atol=0.09, rtol=0)

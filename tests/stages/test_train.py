@@ -4,11 +4,10 @@ import copy
 import dataclasses
 import os
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -19,8 +18,9 @@ from talk3d.ops.geometry import head_camera
 from talk3d.perception.lipsync import SyncExpert
 from talk3d.presets import BUILTIN256, TINY
 from talk3d.stages.lesson import LossWeights
-from talk3d.stages.train import TrainConfig, avatar_sizes, background_plate, picture_error, train, with_rays
-from talk3d.types import Clip, FaceMasks
+from talk3d.stages.personalize import background_plate
+from talk3d.stages.train import TrainConfig, avatar_sizes, picture_error, train, with_rays
+from talk3d.types import Clip
 
 SHORT = TrainConfig(steps=10, frames_per_step=2, listening_steps=3, listening_frames=4, reading_steps=3)
 
@@ -159,52 +159,6 @@ def test_the_person_of_another_video_is_refused(person: PersonalizedGenerator, c
         train(person, dataclasses.replace(clip, source_sha256="b" * 64), SHORT)
     with pytest.raises(ConfigError, match="positive numbers"):
         TrainConfig(frames_per_step=0)
-
-
-def discs(side: int, centres: list[tuple[int, int]], radius: int) -> np.ndarray:
-    rows, columns = np.mgrid[:side, :side]
-    return np.stack([np.where((rows - y) ** 2 + (columns - x) ** 2 < radius**2, 255, 0).astype(np.uint8) for x, y in centres])
-
-
-def scene(clip_of: Callable[..., Clip], wall: np.ndarray, masks: np.ndarray) -> Clip:
-    frames = np.where(masks[..., None] > 0, np.uint8(250), wall[None]).astype(np.uint8)
-    return clip_of(len(masks), wall.shape[0], frames=frames, masks=FaceMasks(person=masks, source="test"), num_training_frames=len(masks))
-
-
-def test_the_wall_behind_a_moving_person_comes_back(clip_of: Callable[..., Clip]) -> None:
-    side = 64
-    wall = np.stack(np.broadcast_arrays(np.linspace(0, 255, side)[None], np.linspace(255, 0, side)[:, None], np.full((side, side), 77.0)), -1)
-    wall = wall.round().astype(np.uint8)
-    found = background_plate(scene(clip_of, wall, discs(side, [(14, 32), (50, 32), (32, 12), (32, 52)], 9)))
-    torch.testing.assert_close(found, torch.from_numpy(wall).permute(2, 0, 1).float() / 127.5 - 1, atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize("side", [64, 50])
-def test_what_was_never_uncovered_continues_smoothly(clip_of: Callable[..., Clip], side: int) -> None:
-    flat = background_plate(scene(clip_of, np.full((side, side, 3), 100, np.uint8), discs(side, [(side // 2, side // 2)] * 3, side // 4)))
-    torch.testing.assert_close(flat, torch.full((3, side, side), 100 / 127.5 - 1), atol=0.02, rtol=0)
-    ramp = np.broadcast_to(np.linspace(50, 200, side)[None, :, None], (side, side, 3)).round().astype(np.uint8)
-    found = background_plate(scene(clip_of, ramp, discs(side, [(side // 2, side // 2)] * 3, side // 4)))
-    torch.testing.assert_close(found, torch.from_numpy(ramp.copy()).permute(2, 0, 1).float() / 127.5 - 1, atol=0.35, rtol=0)
-    assert found.diff(dim=-1).abs().max() < 0.35
-
-
-def test_what_was_seldom_uncovered_leaves_no_seam(clip_of: Callable[..., Clip]) -> None:
-    """The wall is brighter in the one frame of ten that shows a ring round the head: its mean would jump by 0.7 from pixel to pixel."""
-    masks = np.concatenate([discs(64, [(32, 32)] * 9, 20), discs(64, [(32, 32)], 12)])
-    wall = np.full((10, 64, 64, 3), 100, np.uint8)
-    wall[9] = 200
-    frames = np.where(masks[..., None] > 0, np.uint8(250), wall).astype(np.uint8)
-    clip = clip_of(10, 64, frames=frames, masks=FaceMasks(person=masks, source="test"), num_training_frames=10)
-    found = background_plate(clip)
-    torch.testing.assert_close(found[:, :6], torch.full((3, 6, 64), 110 / 127.5 - 1))
-    assert found[0, 32, 12] > 0.3
-    assert found.diff(dim=-1).abs().max() < 0.3
-
-
-def test_a_person_who_fills_the_picture_has_a_grey_wall(clip_of: Callable[..., Clip]) -> None:
-    found = background_plate(scene(clip_of, np.full((32, 32, 3), 9, np.uint8), np.full((3, 32, 32), 255, np.uint8)))
-    assert found.eq(0).all()
 
 
 def test_the_given_person_stays_as_it_was(person: PersonalizedGenerator, clip: Clip) -> None:

@@ -2,6 +2,8 @@ import pytest
 import torch
 
 from talk3d.errors import ShapeError
+from talk3d.ops.geometry import head_camera
+from talk3d.ops.rays import camera_rays
 from talk3d.types import Camera, Rays
 
 
@@ -45,3 +47,11 @@ def test_points_of_rays_lie_as_far_from_their_origins_as_asked() -> None:
     points = Rays(origins=origins, directions=directions, near=distances[..., :1], far=distances[..., -1:]).points(distances)
     for k in range(5):
         torch.testing.assert_close(points[:, :, k], origins + distances[:, :, k, None] * directions)
+
+
+@pytest.mark.parametrize(("step", "row", "column"), [(1, 0, 0), (3, 0, 2), (4, 3, 1)])
+def test_every_few_rows_and_columns_are_seen_by_a_camera_of_their_own(step: int, row: int, column: int) -> None:
+    camera = head_camera(torch.tensor([[0.3, -0.2, 0.1], [0.0, 0.1, 0.0]]))
+    whole = camera_rays(camera, 12, 1.0, 2.0).directions.unflatten(1, (12, 12))
+    part = camera_rays(camera.every(step, row, column, 12), 12 // step, 1.0, 2.0).directions.unflatten(1, (12 // step, 12 // step))
+    torch.testing.assert_close(part, whole[:, row::step, column::step], atol=1e-6, rtol=0)

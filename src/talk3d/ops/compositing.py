@@ -44,10 +44,16 @@ def unmix(
     seen, back = (image + 1) / 2, (behind + 1) / 2
     brighter = (seen - back - SAME).clamp(min=0) / (1 - back).clamp(min=SAME)
     darker = (back - seen - SAME).clamp(min=0) / back.clamp(min=SAME)
-    near = F.max_pool2d((alpha > 0.5).float(), 2 * HAIR_PX + 1, 1, HAIR_PX)
+    near = _grow((alpha > 0.5).float(), HAIR_PX)
     found = torch.maximum(alpha, steady * near * torch.maximum(brighter, darker).amax(1, keepdim=True).clamp(max=1))
     own = (seen - (1 - found) * back).clamp(min=0).minimum(found)
     return 2 * torch.where(steady > 0, own, seen * alpha) - 1, found
+
+
+def _grow(mask: Float[Tensor, "b 1 h w"], pixels: int) -> Float[Tensor, "b 1 h w"]:
+    """Largest value within so many pixels, rows and columns one after the other."""
+    rows = F.max_pool2d(mask, (2 * pixels + 1, 1), 1, (pixels, 0))
+    return F.max_pool2d(rows, (1, 2 * pixels + 1), 1, (0, pixels))
 
 
 def resample(picture: Float[Tensor, "c h w"], target_to_source: Float64[np.ndarray, "2 3"], size: tuple[int, int]) -> Float[Tensor, "c H W"]:

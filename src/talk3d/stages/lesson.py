@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import logging
 import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -41,6 +42,8 @@ from talk3d.training.losses import (
     weighted_sum,
 )
 from talk3d.types import Clip, Driving, Progress, Rendering, Triplane
+
+logger = logging.getLogger(__name__)
 
 NEGLIGIBLE = 1e-6
 """Size of gradients below which weights hardly move: most of planes and bases are below 1e-5, and cells that no frame shows would become noise."""
@@ -211,7 +214,13 @@ class Lesson:
             tokens = avatar.conditioner(driving)
             coefficients = avatar.conditioner.coefficients(driving, avatar.conditioner.mouth(tokens))
         sample = (avatar.personalized.identity.detach().clone().requires_grad_(), tokens.requires_grad_(), coefficients)
-        return cast(Callable[..., Tensor], torch.cuda.make_graphed_callables(tensors, sample, allow_unused_input=True))
+        try:
+            return cast(Callable[..., Tensor], torch.cuda.make_graphed_callables(tensors, sample, allow_unused_input=True))
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            logger.warning("no CUDA graph: %s", str(error).partition("\n")[0])
+            return DeltaplaneTensors(self.avatar.predictor)
 
     def listen(self, progress: Progress) -> None:
         """Teach the audio encoder to tell the shape of the mouth, and the lip reader to read it.
