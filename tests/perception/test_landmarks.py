@@ -191,3 +191,15 @@ def test_a_lost_face_is_found_again_beside_another():
     fresh = tracker.follow(frame)
     assert fresh is not None
     assert fresh.landmarks[:, 0].min() > 100
+
+
+def test_lips_are_read_from_vivid_colours_and_all_else_from_the_picture_as_it_is(registry_model, portrait: np.ndarray):
+    box = registry_model.detect(portrait)[0]
+    grey = np.repeat(portrait.mean(-1, keepdims=True).round().astype(np.uint8), 3, -1)
+    for picture, lips_differ in ((portrait, True), (grey, False)):
+        plain, vivid = (lm._run_points(registry_model._points, picture, box, registry_model._mirror, colour)[0] for colour in (1.0, lm.VIVID))
+        seen = registry_model.observe(picture, box).landmarks[:468]
+        rest = [point for point in range(468) if point not in {*lm.LIPS, *lm.RIGHT_EYE, *lm.LEFT_EYE}]
+        np.testing.assert_array_equal(seen[list(lm.LIPS)], vivid[list(lm.LIPS)])
+        np.testing.assert_array_equal(seen[rest], plain[rest])
+        assert (np.abs(vivid - plain).max() > 0.1) == lips_differ
