@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from talk3d.ops.resample import _fir_by_shifts, downsample2, fir, fir_filter, upsample2
+from talk3d.ops.resample import _fir_by_shifts, _taps, downsample2, fir, fir_filter, upsample2
 
 FILTER = torch.outer(torch.tensor([1.0, 3, 3, 1]), torch.tensor([1.0, 3, 3, 1])) / 64
 
@@ -57,6 +57,15 @@ def test_both_keep_a_constant_away_from_the_border() -> None:
 def test_gradients() -> None:
     x = torch.randn(1, 2, 4, 4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(upsample2, (x,)) and torch.autograd.gradcheck(downsample2, (x,))
+
+
+def test_what_was_first_filtered_without_gradients_can_be_learnt_from_later() -> None:
+    _taps.cache_clear()
+    with torch.inference_mode():
+        fir(torch.randn(1, 2, 4, 4), (2, 1))
+    x = torch.randn(1, 2, 4, 4, requires_grad=True)
+    fir(x, (2, 1)).sum().backward()
+    assert x.grad is not None and x.grad.abs().max() > 0
 
 
 def test_the_stored_filter_is_the_one_applied() -> None:

@@ -15,8 +15,9 @@ _TAPS = (0.125, 0.375, 0.375, 0.125)
 
 @functools.cache
 def _taps(dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The filter's taps there, made once: CUDA graphs must not copy them from the host."""
-    return torch.tensor(_TAPS, dtype=dtype, device=device)
+    """The filter's taps there, made once: CUDA graphs must not copy them from the host. Whoever asks first, training may use them, too."""
+    with torch.inference_mode(False):
+        return torch.tensor(_TAPS, dtype=dtype, device=device)
 
 
 def fir_filter() -> Float[Tensor, "4 4"]:
