@@ -251,8 +251,8 @@ class TriplaneRenderer(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Render all rays of all volumes together, and forget what is not hit."""
         features, alpha, depth = self.render_found(triplane, rays, generator)
-        seen, background = hit.unsqueeze(-1), torch.full_like(features, float(self.renderer_config.white_back))
-        return torch.where(seen, features, background), alpha * seen, torch.where(seen, depth, rays.far)
+        seen = hit.unsqueeze(-1)
+        return torch.where(seen, features, float(self.renderer_config.white_back)), alpha * seen, torch.where(seen, depth, rays.far)
 
     def _render_hit(
         self, triplane: Triplane, rays: Rays, hit: Bool[Tensor, "b r"], generator: torch.Generator | None

@@ -20,7 +20,7 @@ from torch import Tensor
 from talk3d.io.face_models import find_task, read_task, registry_model
 from talk3d.perception.detection import FaceBox, FaceDetector, Network, from_square, sample_square, square_round, unit_range
 from talk3d.perception.facetemplate import ModelKind, load_template
-from talk3d.perception.liplines import LIP_RINGS
+from talk3d.perception.liplines import LIPS
 
 logger = logging.getLogger(__name__)
 
@@ -35,8 +35,6 @@ EYELID_PAIRS = (((160, 144), (159, 145), (158, 153)), ((387, 373), (386, 374), (
 """Upper and lower lid points of the right and the left eye."""
 INNER_LIPS = ((82, 87), (13, 14), (312, 317))
 """Upper and lower inner lip points."""
-LIPS = sum(LIP_RINGS, ())
-"""All points of the lips."""
 BROWS = ((70, 63, 105, 66, 107, 46, 53, 52, 65, 55), (300, 293, 334, 296, 336, 276, 283, 282, 295, 285))
 """Upper and lower rim of the right and the left brow."""
 SHUT = 0.3

@@ -25,6 +25,8 @@ LIP_RINGS = (
     (78, 191, 80, 81, 82, 13, 312, 311, 310, 415, 308, 324, 318, 402, 317, 14, 87, 178, 88, 95),
 )
 """Rings of lip points from the outer to the inner edge; each from the subject's right corner over the upper lip, and back along the lower one."""
+LIPS = sum(LIP_RINGS, ())
+"""All points of the lips."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,5 +68,5 @@ def correct_lips(landmarks: Float[Tensor, "t n 2"], kind: ModelKind) -> Float[Te
     eyes = landmarks[:, OUTER_EYE_CORNERS[1]] - landmarks[:, OUTER_EYE_CORNERS[0]]
     down = torch.stack([-eyes[:, 1], eyes[:, 0]], -1)
     moved = landmarks.clone()
-    moved[:, sum(LIP_RINGS, ())] += shift[:, None] * down[:, None]
+    moved[:, LIPS] += shift[:, None] * down[:, None]
     return moved

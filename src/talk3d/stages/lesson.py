@@ -220,7 +220,7 @@ class Lesson:
             raise
         except RuntimeError as error:
             logger.warning("no CUDA graph: %s", str(error).partition("\n")[0])
-            return DeltaplaneTensors(self.avatar.predictor)
+            return tensors
 
     def listen(self, progress: Progress) -> None:
         """Teach the audio encoder to tell the shape of the mouth, and the lip reader to read it.

@@ -5,6 +5,7 @@ Reference: VIVE3D (arXiv 2303.15893), section 3.1; pivotal tuning (arXiv 2106.05
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,8 +24,10 @@ from talk3d.stages.invert import InversionConfig, Views, finer_rays, invert
 from talk3d.training.losses import PictureTarget
 from talk3d.types import Clip, Progress, silent
 
+NUM_LOOKED_AT = 64
+"""Frames of the training part that tell what is behind the person."""
 LEAST_SEEN = 4
-"""Frames, of those looked at, that must show what is behind the person somewhere."""
+"""Frames, of those, that must show what is behind the person somewhere."""
 UNSTEADY = 0.06
 """What is behind the person changes where it differs by more than this in them, root mean square, of pictures in [-1, 1]."""
 
@@ -139,7 +142,8 @@ def personalize(
     chosen = choose_frames(clip, config.num_frames + 1)
     chosen, validation = chosen[:-1], chosen[-1:]
     plate = background_plate(clip)
-    learnt, kept = (_views(clip, frames, plate, where_steady(clip, plate)) for frames in (chosen, validation))
+    steady = where_steady(clip, plate)
+    learnt, kept = (_views(clip, frames, plate, steady) for frames in (chosen, validation))
     views = dataclasses.replace(learnt, validation=kept, wide=_wide_views(clip))
     inversion = invert(prior, views, config, device=device, seed=seed, progress=progress, checkpoint=checkpoint, stage="personalize")
     provenance = {
@@ -178,21 +182,20 @@ def _wide_views(clip: Clip) -> Views | None:
     )
 
 
-def background_plate(clip: Clip, num_frames: int = 64) -> Float[Tensor, "3 h w"]:
+def background_plate(clip: Clip) -> Float[Tensor, "3 h w"]:
     """What is behind the person, in [-1, 1]: the mean of what was uncovered, smoothly continued where little or nothing ever was.
 
     A pixel that was uncovered in half of the frames is taken as it is. One that was seldom uncovered, where the head's outline comes and goes, is
     taken less the fewer frames show it, so that the outline leaves no seam.
     """
-    index = torch.linspace(0, clip.num_training_frames - 1, min(num_frames, clip.num_training_frames)).long()
     total = torch.zeros(1, 3, *clip.frames.shape[1:3])
     weight = torch.zeros(1, 1, *clip.frames.shape[1:3])
-    for one in index.split(8):
-        image, alpha = clip.images(one)
-        free = _uncovered(alpha)
+    count = 0
+    for image, free in _uncovered(clip):
+        count += len(image)
         total += (image * free).sum(0, keepdim=True)
         weight += free.sum(0, keepdim=True)
-    seen, certain = total / weight.clamp(min=1e-6), (2 * weight / len(index)).clamp(max=1).square()
+    seen, certain = total / weight.clamp(min=1e-6), (2 * weight / count).clamp(max=1).square()
     plate = _fill(seen, certain)
     for _ in range(300):  # let what is guessed run smoothly into what was seen
         plate = torch.lerp(F.avg_pool2d(F.pad(plate, (1, 1, 1, 1), mode="replicate"), 3, stride=1), seen, certain)
@@ -208,21 +211,21 @@ def _fill(colour: Float[Tensor, "1 c h w"], certain: Float[Tensor, "1 1 h w"]) -
     return torch.lerp(F.interpolate(coarse, size=colour.shape[-2:], mode="bilinear", align_corners=False), colour, certain)
 
 
-def where_steady(clip: Clip, plate: Float[Tensor, "3 h w"], num_frames: int = 64) -> Float[Tensor, "1 h w"]:
+def where_steady(clip: Clip, plate: Float[Tensor, "3 h w"]) -> Float[Tensor, "1 h w"]:
     """Say where the plate is what is behind the person in all frames: 1 where some were uncovered and looked like it, 0 elsewhere."""
-    index = torch.linspace(0, clip.num_training_frames - 1, min(num_frames, clip.num_training_frames)).long()
     total, weight = torch.zeros_like(plate[:1]), torch.zeros_like(plate[:1])
-    for one in index.split(8):
-        image, alpha = clip.images(one)
-        free = _uncovered(alpha)
+    for image, free in _uncovered(clip):
         total += ((image - plate).square().mean(1, keepdim=True) * free).sum(0)
         weight += free.sum(0)
     return ((weight >= LEAST_SEEN) & ((total / weight.clamp(min=1)).sqrt() < UNSTEADY)).float()
 
 
-def _uncovered(alpha: Float[Tensor, "b 1 h w"]) -> Float[Tensor, "b 1 h w"]:
-    """1 where nothing of the person is near."""
-    return (F.max_pool2d(alpha, 9, stride=1, padding=4) < 0.02).float()
+def _uncovered(clip: Clip) -> Iterator[tuple[Float[Tensor, "b 3 h w"], Float[Tensor, "b 1 h w"]]]:
+    """Yield pictures spread over the training part, a few at a time, and 1 where nothing of the person is near, 0 elsewhere."""
+    index = torch.linspace(0, clip.num_training_frames - 1, min(NUM_LOOKED_AT, clip.num_training_frames)).long()
+    for one in index.split(8):
+        image, alpha = clip.images(one)
+        yield image, (F.max_pool2d(alpha, 9, stride=1, padding=4) < 0.02).float()
 
 
 def foreground(clip: Clip, frames: Int[Tensor, " b"], plate: Float[Tensor, "3 h w"], steady: Float[Tensor, "1 h w"]) -> PictureTarget:
