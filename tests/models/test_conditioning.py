@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from talk3d.models.conditioning import RELEASED, AudioAttention, Conditioner, ConditioningConfig, PositionalMLP
+from talk3d.models.conditioning import RELEASED, AudioAttention, Conditioner, ConditioningConfig, PositionalMLP, TurnedMouth
 from talk3d.types import Driving
 
 AUDIO, BLINK, NULL, ROTATION, LANDMARKS = range(5)
@@ -73,10 +73,35 @@ def test_drop_rates_at_the_ends(rate: float, expected: bool) -> None:
 
 def test_coefficients_are_the_mouth_heard_and_what_was_tracked() -> None:
     model, given = conditioner(mouth_shapes=3), driving()
-    found = model.coefficients(given, model.mouth(model(given)))
+    found = model.coefficients(given, model.heard(model(given), given))
     assert found.shape == (3, model.config.num_coefficients) == (3, 13)
     torch.testing.assert_close(found[:, :3], model.mouth_head(model(given)[:, AUDIO]))
     torch.testing.assert_close(found[:, 3:], torch.cat([2 * given.blink, 20 * given.upper_face, 4 * given.head_pose, 4 * given.anchors[:, :2]], 1))
+
+
+def test_how_the_head_is_turned_adds_to_the_mouth_that_is_heard() -> None:
+    model, given = conditioner(mouth_shapes=3, mouth_turns=True), driving()
+    tokens = model(given)
+    assert isinstance(model.mouth_turned, TurnedMouth)
+    torch.testing.assert_close(model.heard(tokens, given), model.mouth_head(tokens[:, AUDIO]))  # nothing at first
+    for parameter in model.mouth_turned.parameters():
+        torch.nn.init.normal_(parameter)
+    added = model.heard(tokens, given) - model.mouth_head(tokens[:, AUDIO])
+    torch.testing.assert_close(added, model.mouth_turned(tokens[:, AUDIO], given.head_pose), atol=1e-4, rtol=1e-4)
+    assert added.abs().min() > 0
+
+
+def test_turns_count_in_spreads_of_what_was_learnt_from_and_not_beyond_it() -> None:
+    model, token = TurnedMouth(4, 2), torch.zeros(3, 4)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter)
+    seen = torch.randn(200, 3) * torch.tensor([0.2, 0.1, 0.05]) + torch.tensor([0.3, 0.0, -0.1])
+    standard = (seen - seen.mean(0)) / seen.std(0, correction=0)
+    before = model(token, standard[:3])
+    model.learn_range(seen)
+    torch.testing.assert_close(model(token, seen[:3]), before, atol=1e-4, rtol=1e-4)
+    far, farther = (seen.mean(0) + times * seen.std(0) * torch.ones(3, 3) for times in (3.0, 9.0))
+    torch.testing.assert_close(model(token, far), model(token, farther))
 
 
 def test_positional_code_is_sines_and_cosines_of_doubling_frequency() -> None:
@@ -126,4 +151,4 @@ def test_the_released_encoders_are_reproduced(shared) -> None:
 
 def test_without_mouth_shapes_there_is_no_head_for_them() -> None:
     model, given = conditioner(mouth_shapes=0), driving()
-    assert model.mouth_head is None and model.coefficients(given, model.mouth(model(given))).shape == (3, 10)
+    assert model.mouth_head is None and model.coefficients(given, model.heard(model(given), given)).shape == (3, 10)

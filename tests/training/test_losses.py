@@ -196,12 +196,12 @@ def test_few_frames_have_few_mouth_shapes_and_the_rest_are_zero() -> None:
     assert shapes.values.isfinite().all() and bool((shapes.importance[:2] > 0).all())
 
 
-def _listener() -> tuple[Conditioner, Heard]:
+def _listener(**config) -> tuple[Conditioner, Heard]:
     torch.manual_seed(0)
-    conditioner = Conditioner(ConditioningConfig(audio_channels=8, token_width=16, mouth_shapes=2))
+    conditioner = Conditioner(ConditioningConfig(audio_channels=8, token_width=16, mouth_shapes=2, **config))
     shapes = MouthShapes(values=torch.randn(12, 2), importance=torch.tensor([0.75, 0.25]))
     audio = AudioFeatures(values=torch.randn(12, 16, 8), fps=25.0, source="test")
-    return conditioner, Heard(audio=audio, shapes=shapes, quiet=torch.tensor([3]), shut=torch.tensor([1.0, -1.0]))
+    return conditioner, Heard(audio=audio, shapes=shapes, head_pose=torch.randn(12, 3), quiet=torch.tensor([3]), shut=torch.tensor([1.0, -1.0]))
 
 
 def test_hearing_losses_are_weighted_square_errors() -> None:
@@ -231,8 +231,27 @@ def test_hearing_losses_fall_when_taught_and_without_silence_there_is_no_such_te
     assert seen[-1] < 0.3 * seen[0] and losses.keys() == {"hearing", "velocity"}
 
 
+def test_mouths_of_one_sound_that_differ_as_the_head_turns_are_told_apart() -> None:
+    errors = []
+    for mouth_turns in (False, True):
+        conditioner, heard = _listener(mouth_turns=mouth_turns)
+        same = replace(heard.audio, values=heard.audio.values[:1].expand(12, -1, -1))
+        turned = MouthShapes(values=heard.head_pose[:, :2] * heard.head_pose[:, 1:], importance=heard.shapes.importance)
+        heard = replace(heard, audio=same, shapes=turned, quiet=torch.tensor([], dtype=torch.long))
+        optimizer = torch.optim.Adam(conditioner.parameters(), lr=1e-2)
+        for _ in range(150):
+            loss = hearing_losses(conditioner, heard, torch.arange(11), 0.0, torch.Generator())["hearing"]
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        errors.append(float(loss.detach()))
+    assert errors[1] < 0.1 * errors[0]
+
+
 def test_with_noise_sounds_are_mixed_and_so_is_what_should_be_heard() -> None:
-    conditioner, heard = _listener()
+    conditioner, heard = _listener(mouth_turns=True)
+    assert conditioner.mouth_turned is not None
+    torch.nn.init.normal_(conditioner.mouth_turned.alone.weight)
     mixed: list[torch.Tensor] = []
     listen = conditioner.audio_token
     conditioner.audio_token = lambda windows: mixed.append(windows) or listen(windows)
@@ -245,7 +264,7 @@ def test_with_noise_sounds_are_mixed_and_so_is_what_should_be_heard() -> None:
     assert shares.min() > -1e-4 and int((shares > 1e-3).sum(1).max()) == 2
     torch.testing.assert_close(shares[:6, :6], shares[6:, 6:], atol=1e-4, rtol=0)  # both frames of a pair alike, so that their change stays a change
     with torch.no_grad():
-        found = conditioner.mouth_head(listen(mixed[0][: len(pairs)]))
+        found = conditioner.mouth(listen(mixed[0][: len(pairs)]), shares @ heard.head_pose[pairs])
     wanted = shares @ heard.shapes.values[pairs]
     torch.testing.assert_close(losses["hearing"].detach(), ((found - wanted).square() * heard.shapes.importance).sum(1).mean(), rtol=1e-3, atol=0)
 

@@ -182,7 +182,9 @@ class Avatar(nn.Module):
         What depends only on the person is computed once for the batch; in evaluation without gradients it is kept until a weight changes.
         """
         tokens = self.conditioner(driving, generator)
-        return self.predictor.predict(self._prepared(len(tokens)), tokens, self.conditioner.coefficients(driving, self.conditioner.mouth(tokens)))
+        return self.predictor.predict(
+            self._prepared(len(tokens)), tokens, self.conditioner.coefficients(driving, self.conditioner.heard(tokens, driving))
+        )
 
     def _prepared(self, batch: int) -> DeltaplanePrefix:
         if self.training or torch.is_grad_enabled():

@@ -30,6 +30,8 @@ class ConditioningConfig:
     """Width of a token."""
     mouth_shapes: int = 8
     """Principal components of the mouth's shape that are read off the audio token; 0 reads off none."""
+    mouth_turns: bool = False
+    """Whether those components also follow from how the head is turned: from where a mouth is seen decides what it looks like."""
     drop_rate: float = 0.1
     """How often, in training, each token but the audio's is replaced by the null token."""
 
@@ -123,6 +125,39 @@ class CameraEncoder(nn.Module):
         return self.encoder1(head_pose), self.encoder2(anchors)
 
 
+class TurnedMouth(nn.Module):
+    """What the mouth's components owe to how the head is turned, by itself and together with what is heard.
+
+    The components are of pictures: an open mouth of a head that is turned away is another picture than one of a head that looks up.
+    """
+
+    mean: Tensor
+    spread: Tensor
+    limit = 2.5
+    """In standard deviations of what was learnt from: a head that is turned farther counts as if it were turned so far."""
+
+    def __init__(self, width: int, num_shapes: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(3))
+        self.register_buffer("spread", torch.ones(3))
+        self.alone = nn.Linear(9, num_shapes)
+        self.together = nn.Sequential(nn.Linear(width + 3, width), nn.LeakyReLU(0.1), nn.Linear(width, num_shapes))
+        for layer in (self.alone, self.together[2]):
+            for parameter in layer.parameters():
+                nn.init.zeros_(parameter)
+
+    def learn_range(self, head_pose: Float[Tensor, "t 3"]) -> None:
+        """Take the mean and the spread of the head's angles in the frames that are learnt from."""
+        self.mean.copy_(head_pose.mean(0))
+        self.spread.copy_(head_pose.std(0, correction=0).clamp(min=1e-3))
+
+    def forward(self, token: Float[Tensor, "b d"], head_pose: Float[Tensor, "b 3"]) -> Float[Tensor, "b s"]:
+        """Return what is to be added to the components that are heard: a quadratic in the angles, and what they do together with the sound."""
+        x = ((head_pose - self.mean) / self.spread).clamp(-self.limit, self.limit) / 1.5
+        squares = torch.cat([x, x.square(), x * x.roll(1, 1)], 1)
+        return self.alone(squares) + self.together(torch.cat([token, x], 1))
+
+
 class Conditioner(nn.Module):
     """Encodes what drives a frame into tokens [audio, blink, null, rotation, landmarks], and into the weights of the linear bases.
 
@@ -138,6 +173,7 @@ class Conditioner(nn.Module):
         self.blink_encoder = BlinkEncoder(config.blink_octaves, width)
         self.camera_encoder = CameraEncoder(config.pose_octaves, config.anchor_octaves, width)
         self.mouth_head = nn.Linear(width, config.mouth_shapes) if config.mouth_shapes else None
+        self.mouth_turned = TurnedMouth(width, config.mouth_shapes) if config.mouth_shapes and config.mouth_turns else None
         self.null_vector = nn.Parameter(torch.randn(1, 1, width))
 
     def audio_token(self, windows: Float[Tensor, "b n f w"]) -> Float[Tensor, "b d"]:
@@ -147,11 +183,18 @@ class Conditioner(nn.Module):
 
     def ear(self) -> nn.ModuleList:
         """What hears: the layers from sound to audio token, and to the shapes of the mouth."""
-        return nn.ModuleList([part for part in (self.audio_net, self.audio_att_net, self.mouth_head) if part is not None])
+        return nn.ModuleList([part for part in (self.audio_net, self.audio_att_net, self.mouth_head, self.mouth_turned) if part is not None])
 
-    def mouth(self, tokens: Float[Tensor, "b 5 d"]) -> Float[Tensor, "b s"]:
-        """Return the mouth shapes that are heard in the audio token, which is never dropped; none where none are read off."""
-        return tokens[:, 0, :0] if self.mouth_head is None else self.mouth_head(tokens[:, 0])
+    def mouth(self, token: Float[Tensor, "b d"], head_pose: Float[Tensor, "b 3"]) -> Float[Tensor, "b s"]:
+        """Return the mouth shapes that are heard in the audio token, with the head turned like that; none where none are read off."""
+        if self.mouth_head is None:
+            return token[:, :0]
+        mouth = self.mouth_head(token)
+        return mouth if self.mouth_turned is None else mouth + self.mouth_turned(token, head_pose)
+
+    def heard(self, tokens: Float[Tensor, "b 5 d"], driving: Driving) -> Float[Tensor, "b s"]:
+        """Return the mouth shapes of encoded frames; the audio token is never dropped."""
+        return self.mouth(tokens[:, 0], driving.head_pose)
 
     def coefficients(self, driving: Driving, mouth: Float[Tensor, "b s"]) -> Float[Tensor, "b k"]:
         """Return the weights of the linear bases, of about unit size: mouth shapes as given, blink, brows, gaze, rotation, place."""

@@ -3,6 +3,8 @@
 Face networks follow a nodding head only in part, and differently for each person; skin does not. Every frame is laid on one surface, the face of
 the person's points, and its pose corrected until the skin agrees with the mean of many frames (Gauss-Newton on six numbers, robust).
 
+Brows are followed in the same way, on a head whose pose is known by then: how far they are drawn up.
+
 Reference: Baker and Matthews, Lucas-Kanade 20 years on, IJCV 2004.
 """
 
@@ -21,6 +23,7 @@ from torch import Tensor
 from talk3d.ops.geometry import rotation_from_vector, vector_from_rotation
 from talk3d.perception.facetemplate import huber_weight
 from talk3d.perception.headpose import HeadMotion
+from talk3d.perception.landmarks import BROWS, LEFT_EYE_CORNERS, RIGHT_EYE_CORNERS
 
 SIDE_PX = 160
 """Side of the pictures of the face that are compared."""
@@ -60,6 +63,10 @@ INDEPENDENT = 0.1
 """Share of the compared points that err independently."""
 TRUST = (0.05, 0.05, 0.05, 0.02, 0.02, 0.06)
 """How far the pose of the face points may be off: turns in radians, shifts in scene units."""
+KNOWN = 6 * (1e-4,)
+"""Trust in a pose that is known."""
+BROW_ROOM = (0.03, 0.013)
+"""How far above and below their rims brows are looked at, in distances between the outer eye corners."""
 NUM_REFERENCE = 64
 """Frames, spread over the clip, whose mean all are compared with."""
 
@@ -105,30 +112,58 @@ class FaceViews:
 
 
 class Surface:
-    """Points of the person's rigid face with their normals, on a grid seen from the front."""
+    """Points of the person's face with their normals, on a grid seen from the front, and how the skin there may slide."""
 
-    def __init__(self, face: Float[Tensor, "p 3"], relief: float = RELIEF) -> None:
-        """Lay the grid on the face's points, their depth times `relief`."""
-        corners = face.numpy()
-        flat, depth = corners[:468, :2], corners[:468, 2].mean() + relief * (corners[:468, 2] - corners[:468, 2].mean())
-        low, high = flat.min(0), flat.max(0)
-        x, y = np.meshgrid(np.arange(low[0], high[0], SPACING), np.arange(low[1], high[1], SPACING))
-        height = LinearNDInterpolator(flat, depth)
-        height_here, right, up = height(x, y), height(x + SPACING, y) - height(x - SPACING, y), height(x, y + SPACING) - height(x, y - SPACING)
-        grid = np.stack([x, y], -1).reshape(-1, 2)
-        fixed = np.any([_inside(grid, flat[list(part)]) for part in FIXED_PARTS], 0) & ~np.any(
-            [_inside(grid, flat[list(part)]) for part in MOVING_PARTS], 0
-        )
-        normal = np.stack([-right / (2 * SPACING), -up / (2 * SPACING), np.ones_like(x)], -1).reshape(-1, 3)
-        points = np.concatenate([grid, height_here.reshape(-1, 1)], -1)
-        kept = fixed & np.isfinite(points).all(-1) & np.isfinite(normal).all(-1)
-        self.points = torch.from_numpy(points[kept]).float()
-        self.normals = torch.nn.functional.normalize(torch.from_numpy(normal[kept]).float(), dim=-1)
-        self.lifts = _lifts(self.points, self.normals, face.float())
+    def __init__(self, points: Float[Tensor, "n 3"], normals: Float[Tensor, "n 3"], lifts: Float[Tensor, "n l"]) -> None:
+        """`lifts`: how much of each way of being drawn up a point takes part in."""
+        self.points, self.normals = points, normals
+        along = torch.nn.functional.normalize(torch.tensor([0.0, 1.0, 0.0]) - normals[:, 1:2] * normals, dim=-1)
+        self.lifts = along[..., None] * lifts[:, None]
+        """How the skin moves along itself as it is drawn up, n 3 l."""
+
+    @classmethod
+    def rigid(cls, face: Float[Tensor, "p 3"], relief: float = RELIEF) -> "Surface":
+        """Return what neither jaw nor lips move, on a face with its depth times `relief`; four lifts, see `_lifts`."""
+        points, normals = _laid(face, relief)
+        grid, flat = points[:, :2].numpy(), face[:, :2].numpy()
+        fixed, moving = (np.any([_inside(grid, flat[list(part)]) for part in parts], 0) for parts in (FIXED_PARTS, MOVING_PARTS))
+        kept = torch.from_numpy(fixed & ~moving)
+        return cls(points[kept], normals[kept], _lifts(points[kept], face.float()))
+
+    @classmethod
+    def brows(cls, face: Float[Tensor, "p 3"], relief: float = RELIEF) -> "Surface":
+        """Return the brows; two lifts, of the right and the left one."""
+        points, normals = _laid(face, relief)
+        above, below = (room * _eye_distance(face) for room in BROW_ROOM)
+        outlines = []
+        for brow in BROWS:
+            upper, lower = np.split(face[list(brow), :2].numpy(), 2)  # rims, both from the outer end
+            outlines.append(np.concatenate([upper + np.array([0, above]), lower[::-1] - np.array([0, below])]))
+        sides = torch.from_numpy(np.stack([_inside(points[:, :2].numpy(), outline) for outline in outlines], -1))
+        kept = sides.any(-1)
+        return cls(points[kept], normals[kept], sides[kept].float())
 
 
-def _lifts(points: Float[Tensor, "n 3"], normals: Float[Tensor, "n 3"], face: Float[Tensor, "p 3"]) -> Float[Tensor, "n 3 4"]:
-    """How the skin moves along itself as it is drawn up; last axis: both brows, one more than the other, the forehead above them, both cheeks."""
+def _eye_distance(face: Float[Tensor, "p 3"]) -> float:
+    return float((face[RIGHT_EYE_CORNERS[0]] - face[LEFT_EYE_CORNERS[0]]).norm())
+
+
+def _laid(face: Float[Tensor, "p 3"], relief: float) -> tuple[Float[Tensor, "n 3"], Float[Tensor, "n 3"]]:
+    """Points and normals of a grid laid on the face's points, their depth times `relief`."""
+    corners = face.numpy()
+    flat, depth = corners[:468, :2], corners[:468, 2].mean() + relief * (corners[:468, 2] - corners[:468, 2].mean())
+    low, high = flat.min(0), flat.max(0)
+    x, y = np.meshgrid(np.arange(low[0], high[0], SPACING), np.arange(low[1], high[1], SPACING))
+    height = LinearNDInterpolator(flat, depth)
+    height_here, right, up = height(x, y), height(x + SPACING, y) - height(x - SPACING, y), height(x, y + SPACING) - height(x, y - SPACING)
+    normal = np.stack([-right / (2 * SPACING), -up / (2 * SPACING), np.ones_like(x)], -1).reshape(-1, 3)
+    points = np.stack([x, y, height_here], -1).reshape(-1, 3)
+    kept = np.isfinite(points).all(-1) & np.isfinite(normal).all(-1)
+    return torch.from_numpy(points[kept]).float(), torch.nn.functional.normalize(torch.from_numpy(normal[kept]).float(), dim=-1)
+
+
+def _lifts(points: Float[Tensor, "n 3"], face: Float[Tensor, "p 3"]) -> Float[Tensor, "n 4"]:
+    """How far points are drawn up; last axis: both brows, one more than the other, the forehead above them, both cheeks."""
     bridge, brows, top = face[NOSE_BRIDGE, 1], face[list(BROW_POINTS), 1].mean(), face[FOREHEAD_TOP, 1]
     low = ((points[:, 1] - bridge) / (brows - bridge)).clamp(0, 1)
     high = ((points[:, 1] - brows) / (top - brows)).clamp(0, 1)
@@ -136,9 +171,7 @@ def _lifts(points: Float[Tensor, "n 3"], normals: Float[Tensor, "n 3"], face: Fl
     lids, nose = (face[list(there), 1].mean() for there in (LOWER_LIDS, NOSE_BASE))
     wings, bones = (face[list(there), 0].abs().mean() for there in (NOSE_WINGS, CHEEK_BONES))
     cheeks = (2 * (lids - points[:, 1]) / (lids - nose)).clamp(0, 1) * ((points[:, 0].abs() - wings) / (0.4 * (bones - wings))).clamp(0, 1)
-    up = torch.tensor([0.0, 1.0, 0.0])
-    along = torch.nn.functional.normalize(up - normals[:, 1:2] * normals, dim=-1)
-    return along[..., None] * torch.stack([low, low * side, high, cheeks], -1)[:, None]
+    return torch.stack([low, low * side, high, cheeks], -1)
 
 
 def refine_motion(motion: HeadMotion, views: FaceViews, pictures: Int[Tensor, " t"], image_size: tuple[int, int]) -> HeadMotion:
@@ -150,36 +183,70 @@ def refine_motion(motion: HeadMotion, views: FaceViews, pictures: Int[Tensor, " 
         pictures: under which number each frame of the motion is in `views`.
         image_size: width, height of the source picture, px.
     """
-    return _Alignment(motion, views, pictures, image_size).run()
+    aligned = _Alignment(motion, views, pictures, image_size, Surface.rigid(motion.face), (*TRUST, *3 * (BROW_TRUST,), CHEEK_TRUST))
+    return aligned.run()
+
+
+def refine_brows(
+    lift: Float[Tensor, "t 2"], motion: HeadMotion, views: FaceViews, pictures: Int[Tensor, " t"], image_size: tuple[int, int]
+) -> Float[Tensor, "t 2"]:
+    """Correct how far the right and the left brow are drawn up until they look as in all other frames.
+
+    Args:
+        lift: of the face points, in distances between the outer eye corners: where to begin.
+        motion: of the head.
+        views: of the face.
+        pictures: under which number each frame of the motion is in `views`.
+        image_size: width, height of the source picture, px.
+    """
+    brows = _Alignment(motion, views, pictures, image_size, Surface.brows(motion.face), (*KNOWN, *2 * (BROW_TRUST,)))
+    distance = _eye_distance(motion.face)
+    lift = brows.slide(lift.float() * distance) / distance
+    return lift - lift.median(0).values
 
 
 class _Alignment:
     """The mean look of the surface, and how well each point keeps it."""
 
-    def __init__(self, motion: HeadMotion, views: FaceViews, pictures: Tensor, image_size: tuple[int, int]) -> None:
-        self.motion, self.views, self.pictures = motion, views, pictures
-        self.centre = torch.tensor(image_size) / 2
-        self.surface = Surface(motion.face)
+    def __init__(
+        self, motion: HeadMotion, views: FaceViews, pictures: Tensor, image_size: tuple[int, int], surface: Surface, trust: tuple[float, ...]
+    ) -> None:
+        self.motion, self.views, self.pictures, self.surface = motion, views, pictures, surface
+        self.centre, self.trust = torch.tensor(image_size) / 2, torch.tensor(trust).pow(-2)
         self.rotation, self.translation = motion.rotation.float(), motion.translation.float()
         self.drawn = torch.zeros(len(self.rotation), self.surface.lifts.shape[-1])
+        self.first = self.drawn.clone()
         self.look = torch.zeros(len(self.surface.points))
         self.weight = torch.ones(len(self.surface.points))
 
     def run(self) -> HeadMotion:
-        total = len(self.rotation)
-        few = torch.linspace(0, total - 1, min(NUM_REFERENCE, total)).round().long()
+        """Find the poses."""
+        few = self._few()
         self._settle(few)
-        self.surface = Surface(self.motion.face, RELIEF * self._turns_seen(few))
+        self.surface = Surface.rigid(self.motion.face, RELIEF * self._turns_seen(few))
+        self._refine_all(few)
+        return replace(self.motion, rotation=self.rotation.double(), translation=self.translation.double())
+
+    def slide(self, start: Float[Tensor, "t l"]) -> Float[Tensor, "t l"]:
+        """Find how far the surface is drawn up, from a start on."""
+        self.first, self.drawn = start, start.clone()
+        self._refine_all(self._few())
+        return self.drawn
+
+    def _few(self) -> Tensor:
+        total = len(self.rotation)
+        return torch.linspace(0, total - 1, min(NUM_REFERENCE, total)).round().long()
+
+    def _refine_all(self, few: Tensor) -> None:
         self._settle(few)
         self._update_look(few)
-        for chunk in torch.arange(total).split(32):
+        for chunk in torch.arange(len(self.rotation)).split(32):
             self._refine(chunk, 4)
-        return replace(self.motion, rotation=self.rotation.double(), translation=self.translation.double())
 
     def _settle(self, frames: Tensor) -> None:
         """Look and poses in turn, from the start."""
         self.rotation[frames], self.translation[frames] = self.motion.rotation[frames].float(), self.motion.translation[frames].float()
-        self.drawn[frames] = 0
+        self.drawn[frames] = self.first[frames]
         self.look, self.weight = torch.zeros(len(self.surface.points)), torch.ones(len(self.surface.points))
         for _ in range(3):
             self._update_look(frames)
@@ -217,7 +284,6 @@ class _Alignment:
         pictures, squares = self.views.read(self.pictures[frames])
         first_rotation, first_translation = self.motion.rotation[frames].float(), self.motion.translation[frames].float()
         rotation, translation, drawn = self.rotation[frames], self.translation[frames], self.drawn[frames]
-        trust = torch.tensor([*TRUST, *3 * (BROW_TRUST,), CHEEK_TRUST]).pow(-2)
         for _ in range(num_steps):
             values, local, facing = self._sample(pictures, squares, rotation, translation, drawn)
             error = values[:, 0] - self.look
@@ -226,11 +292,11 @@ class _Alignment:
             by_place = torch.cat([slope, -(slope * local[..., :2] / local[..., 2:]).sum(-1, keepdim=True)], -1)
             by_turn = torch.cross(local - translation[:, None], by_place, dim=-1)
             by_lifts = torch.einsum("bni,nil->bnl", by_place @ rotation, self.surface.lifts)
-            jacobian = torch.cat([by_turn, by_place, by_lifts], -1)  # b n 10
+            jacobian = torch.cat([by_turn, by_place, by_lifts], -1)  # b n 6+l
             weighted = (weight[..., None] * jacobian).mT
             moved = torch.cat([vector_from_rotation(rotation @ first_rotation.mT), translation - first_translation, drawn], -1)
-            gradient = (weighted @ error[..., None])[..., 0] + trust * moved
-            step = torch.linalg.solve(weighted @ jacobian + torch.diag(trust), gradient)
+            gradient = (weighted @ error[..., None])[..., 0] + self.trust * moved
+            step = torch.linalg.solve(weighted @ jacobian + torch.diag(self.trust), gradient)
             rotation = rotation_from_vector(-step[:, :3]) @ rotation
             translation, drawn = translation - step[:, 3:6], drawn - step[:, 6:]
         self.rotation[frames], self.translation[frames], self.drawn[frames] = rotation, translation, drawn

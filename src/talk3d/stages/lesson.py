@@ -160,7 +160,9 @@ class Lesson:
         shapes = mouth_shapes(torch.cat(looks), track.head_pose[used], num_frames, avatar.config.conditioning.mouth_shapes)
         quiet = quiet_frames(clip.waveform, clip.fps, num_frames).nonzero()[:, 0]
         shut = shut_mouth(shapes, mouth_opening(track.landmarks[used]))
-        self.heard = Heard(audio=clip.audio, shapes=shapes, quiet=quiet, shut=shut)
+        self.heard = Heard(audio=clip.audio, shapes=shapes, head_pose=track.head_pose[used].float(), quiet=quiet, shut=shut)
+        if avatar.conditioner.mouth_turned is not None:
+            avatar.conditioner.mouth_turned.learn_range(self.heard.head_pose[:num_frames])
         self.windows = mouth_windows(track.landmarks[used], avatar.resolution)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -212,7 +214,7 @@ class Lesson:
         with torch.no_grad():
             driving = self.clip.driving(frames).to(self.device)
             tokens = avatar.conditioner(driving)
-            coefficients = avatar.conditioner.coefficients(driving, avatar.conditioner.mouth(tokens))
+            coefficients = avatar.conditioner.coefficients(driving, avatar.conditioner.heard(tokens, driving))
         sample = (avatar.personalized.identity.detach().clone().requires_grad_(), tokens.requires_grad_(), coefficients)
         try:
             return cast(Callable[..., Tensor], torch.cuda.make_graphed_callables(tensors, sample, allow_unused_input=True))
@@ -321,7 +323,7 @@ class Lesson:
         """
         avatar, driving = self.avatar, self._driving(index, choice)
         tokens = avatar.conditioner(driving, choice, self.run_length)
-        heard = avatar.conditioner.mouth(tokens)
+        heard = avatar.conditioner.heard(tokens, driving)
         tracked = torch.rand(len(index) // self.run_length, 1, generator=choice) < self.config.tracked_mouth
         tracked = tracked.repeat_interleave(self.run_length, 0)
         mouth = torch.where(tracked.to(heard.device), self.heard.shapes.values[index].to(heard), heard)

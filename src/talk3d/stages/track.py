@@ -23,7 +23,7 @@ from talk3d.io.timeline import shot_starts
 from talk3d.io.weights import load_prior
 from talk3d.metrics.capture import CaptureReport, FaceMeasures, capture_report, in_step
 from talk3d.ops.geometry import CAMERA_FOCAL, view_angles
-from talk3d.perception.alignment import FaceViews, refine_motion
+from talk3d.perception.alignment import FaceViews, refine_brows, refine_motion
 from talk3d.perception.facetemplate import FaceTemplate, load_template
 from talk3d.perception.headpose import HeadMotion, solve_head_pose
 from talk3d.perception.headspace import nod_head_space, settle_head_space
@@ -141,7 +141,7 @@ def track(
     parser = BiSeNetParser() if config.parsing == "bisenet" else None
     encoder, model = load_speech(config.speech), load_face_model(face_model)
     size = (scan.width_px, scan.height_px)
-    faces, cuts, motion = _find_motion(scan, model, load_template(model.kind), config, progress)
+    faces, cuts, motion, brows = _find_motion(scan, model, load_template(model.kind), config, progress)
     num_frames = len(faces.landmarks)
     face = measures(faces, np.arange(num_frames), motion, model)
     capture = partial(capture_report, scan, face, cuts=cuts, start=faces.start, num_frames=num_frames)
@@ -149,11 +149,11 @@ def track(
     review(check)
     faces = replace(faces, landmarks=correct_lips(faces.landmarks, model.kind))  # pose and measures are made for points as networks give them
     crop = crop_maps(motion, size, config.size_px)
-    face_track = _face_track(faces, motion, crop, size, config.size_px)
+    face_track = _face_track(faces, brows, motion, crop, size, config.size_px)
     num_training = num_frames - min(round(config.held_out_s * config.fps), num_frames // 5)
     frames, masks, wide = write_crops(scan, faces.start, crop, face_track, num_training, config.size_px, parser, progress)
     motion = nod_head_space(motion, nod := _nod_seen(face_track, frames, masks))  # about the middle of the crops, which stay
-    face_track = _face_track(faces, motion, crop, size, config.size_px)
+    face_track = _face_track(faces, brows, motion, crop, size, config.size_px)
     return Clip(
         frames=frames,
         fps=config.fps,
@@ -171,19 +171,29 @@ def track(
 
 def _find_motion(
     scan: VideoScan, model: FaceModel, head: FaceTemplate, config: TrackConfig, progress: Progress
-) -> tuple[Faces, tuple[int, ...], HeadMotion]:
-    """The faces, the shot changes among them and the head's motion, refined by small pictures that are kept on disk meanwhile."""
+) -> tuple[Faces, tuple[int, ...], HeadMotion, Float[Tensor, "t 2"]]:
+    """The faces, the shot changes among them, the head's motion and how far the brows are drawn up.
+
+    Motion and brows are refined by small pictures that are kept on disk meanwhile; brows before the motion is smoothed, which parts the two
+    where a head moves fast.
+    """
     size = (scan.width_px, scan.height_px)
     with tempfile.TemporaryFile() as file:
         views = FaceViews(file)
         faces = find_faces(scan, model, config, progress, views)
         cuts = _cuts_inside(scan, faces)
-        pictures = faces.start + torch.nonzero(faces.seen)[:, 0]
+        seen = torch.nonzero(faces.seen)[:, 0]
+        points, pictures = faces.landmarks[seen], faces.start + seen
+        brows: list[Tensor] = []
 
         def refine(motion: HeadMotion) -> HeadMotion:
-            return settle_head_space(refine_motion(motion, views, pictures, size), faces.landmarks[faces.seen], head, size)
+            motion = refine_motion(motion, views, pictures, size)
+            rest = torch.stack([motion.project(motion.face[list(brow)], (size[0] / 2, size[1] / 2)).float() for brow in BROWS], 1)
+            brows.append(refine_brows(brow_lift(points, rest), motion, views, pictures, size))
+            return settle_head_space(motion, points, head, size)
 
-        return faces, cuts, solve_head_pose(faces.landmarks, head, size, faces.seen, cuts, config.fps, refine)
+        motion = solve_head_pose(faces.landmarks, head, size, faces.seen, cuts, config.fps, refine)
+    return faces, cuts, motion, _interpolate(np.arange(len(faces.seen)), seen.numpy(), brows[0].numpy())
 
 
 def _cuts_inside(scan: VideoScan, faces: Faces) -> tuple[int, ...]:
@@ -273,7 +283,7 @@ def _interpolate(wanted: np.ndarray, known: np.ndarray, values: np.ndarray) -> T
     return torch.from_numpy(np.stack(columns, -1).reshape(len(wanted), *values.shape[1:])).float()
 
 
-def _face_track(faces: Faces, motion: HeadMotion, crop: np.ndarray, size: tuple[int, int], crop_px: int) -> FaceTrack:
+def _face_track(faces: Faces, brows: Tensor, motion: HeadMotion, crop: np.ndarray, size: tuple[int, int], crop_px: int) -> FaceTrack:
     """Everything known of the face, in crop px and head space."""
     cam2world = motion.cam2world()
     middle = torch.tensor([size[0] / 2, size[1] / 2], dtype=torch.float64)
@@ -286,14 +296,13 @@ def _face_track(faces: Faces, motion: HeadMotion, crop: np.ndarray, size: tuple[
     anchors = motion.project(motion.points(ANCHOR_POINTS), centre) / middle - 1
     eyes_shut = normalize_blink(faces.eyes_shut)
     blink, gaze = eyes_shut.mean(-1, keepdim=True), eye_gaze(faces.landmarks, motion.project(irises_ahead(motion.face), centre).float())
-    brows = torch.stack([motion.project(motion.face[list(points)], centre).float() for points in BROWS], 1)
     return FaceTrack(
         cameras=Camera(cam2world=cam2world.float(), intrinsics=intrinsics.float()),
         head_pose=view_angles(cam2world[:, :3, :3]).float(),
         landmarks=(faces.landmarks.double() @ maps[:, :, :2].mT + maps[:, None, :, 2]).float(),
         anchors=anchors.flatten(1).float(),
         blink=blink,
-        upper_face=torch.cat([brow_lift(faces.landmarks, brows), steady_gaze(gaze, blink)], 1),
+        upper_face=torch.cat([brows, steady_gaze(gaze, blink)], 1),
         eyes_shut=eyes_shut,
         gaze=gaze,
         expression=faces.expression,

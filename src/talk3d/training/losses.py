@@ -306,6 +306,8 @@ class Heard:
     audio: AudioFeatures
     shapes: MouthShapes
     """Of the clip's training part."""
+    head_pose: Float[Tensor, "t 3"]
+    """In it."""
     quiet: Int[Tensor, " q"]
     """Silent frames that may be learnt from."""
 
@@ -338,20 +340,22 @@ def hearing_losses(conditioner: Conditioner, heard: Heard, frames: Int[Tensor, "
         generator: of noise and mixtures, and of which silent frames.
     """
     assert conditioner.mouth_head is not None, "this conditioner has no mouth shapes"
-    weight, values = conditioner.mouth_head.weight, heard.shapes.values
+    weight, values, turns = conditioner.mouth_head.weight, heard.shapes.values, heard.head_pose
     frames = frames.clamp(max=len(values) - 2)
     pairs = torch.cat([frames, frames + 1])
-    windows, wanted = heard.audio.around(pairs), values[pairs]
+    windows, wanted, turned = heard.audio.around(pairs), values[pairs], turns[pairs]
     if noise:
         share = torch.rand(len(frames), 1, generator=generator).repeat(2, 1)
         other = torch.randperm(len(frames), generator=generator)
         other = torch.cat([other, other + len(frames)])
-        windows, wanted = torch.lerp(windows[other], windows, share[..., None, None]), torch.lerp(wanted[other], wanted, share)
+        windows = torch.lerp(windows[other], windows, share[..., None, None])
+        wanted, turned = (torch.lerp(x[other], x, share) for x in (wanted, turned))
     if len(heard.quiet):
         silent = heard.quiet[torch.randint(len(heard.quiet), (max(1, len(frames) // 8),), generator=generator)]
         windows = torch.cat([windows, heard.audio.values[silent, None].expand(-1, windows.shape[1], -1, -1)])
+        turned = torch.cat([turned, turns[silent]])
     windows = windows + noise * torch.randn(windows.shape, generator=generator)
-    found = conditioner.mouth_head(conditioner.audio_token(windows.to(weight)))
+    found = conditioner.mouth(conditioner.audio_token(windows.to(weight)), turned.to(weight))
     importance = heard.shapes.importance.to(weight)
 
     def error(mouth: Float[Tensor, "n k"], wanted: Float[Tensor, "*n k"]) -> Float[Tensor, ""]:
