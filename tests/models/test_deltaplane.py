@@ -11,8 +11,17 @@ import torch
 import torch.nn.functional as F
 
 from talk3d.models import deltaplane
-from talk3d.models.deltaplane import BatchNorm, DeltaplaneConfig, DeltaplanePredictor, DeltaplanePrefix, DeltaplaneTensors, face_window, positions
-from talk3d.ops.planes import project_points, roll_out
+from talk3d.models.deltaplane import (
+    BatchNorm,
+    DeltaplaneConfig,
+    DeltaplanePredictor,
+    DeltaplanePrefix,
+    DeltaplaneTensors,
+    face_window,
+    positions,
+    upper_face,
+)
+from talk3d.ops.planes import project_points, roll_out, sample_planes
 from talk3d.ops.resample import downsample2, upsample2
 from talk3d.types import PlaneAxes, Triplane
 
@@ -112,6 +121,20 @@ def test_the_window_is_where_the_face_is_looked_up(axes: PlaneAxes) -> None:
     middle = project_points(torch.tensor([[[0.0, -0.05, 0.15]]]), axes, 1.0)[0, :, 0]  # 3 2
     for (rows, columns), (column, row) in zip(face_window(axes, 128), ((middle + 1) * 64 - 0.5).tolist(), strict=True):
         assert abs((columns.start + columns.stop - 1) / 2 - column) <= 0.5 and abs((rows.start + rows.stop - 1) / 2 - row) <= 0.5
+
+
+@pytest.mark.parametrize("axes", ["fixed", "released"])
+def test_the_upper_face_is_above_the_lips_wherever_heights_are_told(axes: PlaneAxes) -> None:
+    """Painted planes of ones in the upper face: what is looked up at a point counts the planes that tell heights, and nothing below."""
+    share, side = upper_face(axes, 128), 128
+    planes = torch.zeros(1, 3, 1, side, side)
+    for plane, (rows, columns) in enumerate(face_window(axes, side)):
+        planes[0, plane, :, rows, columns] = share[plane]
+    nose_bridge, mouth = torch.tensor([[[0.0, 0.06, 0.15]]]), torch.tensor([[[0.0, -0.09, 0.15]]])
+    telling = 2 if axes == "fixed" else 1
+    found = [float(3 * sample_planes(planes, project_points(point, axes, 1.0))) for point in (nose_bridge, mouth)]
+    assert found == pytest.approx([telling, 0], abs=1e-5)
+    assert ((share > 0) & (share < 1)).any()
 
 
 def test_scaled_planes_give_scaled_deltaplanes(make_predictor, identity: Triplane) -> None:

@@ -221,6 +221,16 @@ def test_the_ear_learns_by_listening_and_then_stays_as_it_is(avatar: Avatar, cli
     assert all(before[name].equal(listened[name]) for name in before if name not in ear)
 
 
+def test_what_lids_brows_and_gaze_do_ends_above_the_lips(avatar: Avatar, clip: Clip) -> None:
+    lesson = Lesson(copy.deepcopy(avatar), clip, QUICK, num_frames=11, device="cpu", seed=0)
+    for number in range(2):
+        lesson.step(number)
+    near, mouths = lesson.avatar.predictor.near, lesson.avatar.config.conditioning.mouth_shapes
+    assert near is not None
+    below = (lesson.upper == 0).expand_as(near[0])
+    assert not near[mouths:, below].any() and near[mouths:, ~below].any() and near[:mouths, below].any()
+
+
 def test_unusual_frames_are_drawn_as_often_as_asked(avatar: Avatar, clip: Clip) -> None:
     chances = [
         Lesson(copy.deepcopy(avatar), clip, replace(QUICK, unusual_frames=share), num_frames=9, device="cpu", seed=0).chances

@@ -62,6 +62,19 @@ def face_window(axes: PlaneAxes, resolution: int) -> tuple[tuple[slice, slice], 
     return tuple((spans[row], spans[column]) for column, row in plane_axes(axes))
 
 
+ABOVE_LIPS = (-0.06, -0.02)
+"""Heights between which a face's upper part begins, in sides of the cube from its middle: over the lips, and under the nose."""
+
+
+def upper_face(axes: PlaneAxes, resolution: int) -> Float[Tensor, "3 1 s s"]:
+    """Return shares of the window's cells in the face's upper part: 1 above the lips, 0 below, and 0 on planes that do not tell heights."""
+    side, (low, high) = resolution // 2, ABOVE_LIPS
+    height = (torch.arange(side) + round((WINDOW_CENTRE[1] + 0.25) * resolution) + 0.5) / resolution - 0.5
+    share = ((height - low) / (high - low)).clamp(0, 1)
+    by_axis = {(1, 0): share.expand(side, side), (0, 1): share[:, None].expand(side, side)}  # y along columns, along rows
+    return torch.stack([by_axis.get((int(column == 1), int(row == 1)), torch.zeros(side, side)) for column, row in plane_axes(axes)])[:, None]
+
+
 @dataclass(frozen=True, kw_only=True)
 class DeltaplanePrefix:
     """What depends on the identity planes alone; batch a is 1."""

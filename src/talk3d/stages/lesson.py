@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from talk3d.errors import ConfigError
 from talk3d.metrics.image import SSIM_WINDOW, ssim_map
 from talk3d.models.avatar import Avatar
-from talk3d.models.deltaplane import DeltaplaneTensors
+from talk3d.models.deltaplane import DeltaplaneTensors, upper_face
 from talk3d.ops.compositing import premultiply
 from talk3d.perception.facetemplate import ModelKind
 from talk3d.perception.identity import SIDE_PX, Likeness, align_faces, five_points, load_identity
@@ -178,7 +178,8 @@ class Lesson:
         chances = torch.lerp(torch.full((num_frames,), 1 / num_frames), seldom, config.unusual_frames)
         self.run_length = NUM_FRAMES if config.weights.sync else 2 if config.weights.temporal else 1
         self.chances = run_chances(chances, self.run_length, clip.check.get("cuts", ()))
-        near = avatar.predictor.near
+        near, planes = avatar.predictor.near, avatar.config.deltaplane
+        self.upper = upper_face(planes.plane_axes, planes.plane_resolution).to(device)
         self.ear = avatar.conditioner.ear().requires_grad_(False)
         others = [part for part in [*avatar.conditioner.parameters(), *avatar.predictor.parameters()] if part.requires_grad and part is not near]
         identity_rate = config.identity_rate * float(avatar.predictor.scale)
@@ -268,6 +269,8 @@ class Lesson:
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * scale
         terms = self._find_gradients(self._draw())
+        if (near := self.avatar.predictor.near) is not None and near.grad is not None:  # what lids, brows and gaze do ends above the lips
+            near.grad[self.avatar.config.conditioning.mouth_shapes :] *= self.upper
         nn.utils.clip_grad_norm_(self.avatar.parameters(), 1.0)
         self.optimizer.step()
         self.average.update(self.avatar, number)
@@ -277,8 +280,7 @@ class Lesson:
         """Put the gradients into the parameters, and return the terms.
 
         On a CPU every thread takes frames of its own: together, threads wait for each other at each small step of one picture, and where another
-        program runs they wait long. Each part draws from its own generator and parts are added in their order, so that nothing depends on which
-        is ready first.
+        program runs they wait long. Each part draws from its own generator and parts are added in order: which is ready first makes no difference.
         """
         cores = torch.get_num_threads() if self.device == "cpu" else 1
         num_runs = len(index) // self.run_length
