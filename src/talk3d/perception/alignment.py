@@ -131,9 +131,9 @@ class Surface:
         return cls(points[kept], normals[kept], _lifts(points[kept], face.float()))
 
     @classmethod
-    def brows(cls, face: Float[Tensor, "p 3"], relief: float = RELIEF) -> "Surface":
+    def brows(cls, face: Float[Tensor, "p 3"]) -> "Surface":
         """Return the brows; two lifts, of the right and the left one."""
-        points, normals = _laid(face, relief)
+        points, normals = _laid(face, RELIEF)
         above, below = (room * _eye_distance(face) for room in BROW_ROOM)
         outlines = []
         for brow in BROWS:
