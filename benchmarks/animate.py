@@ -106,7 +106,7 @@ def works(avatar: Avatar, baked: BakedAvatar, batch: int) -> dict[str, tuple[Cal
     driving, camera = moments(avatar, 0, batch)
     conditioner = avatar.conditioner
     tokens = conditioner(driving)
-    coefficients = conditioner.coefficients(driving, conditioner.mouth(tokens))
+    coefficients = conditioner.coefficients(driving, conditioner.heard(tokens, driving))
     planes = baked.deltaplane(tokens, coefficients)
     features, alpha, _ = baked.renderer(planes, camera)
     return {
@@ -122,7 +122,7 @@ def plain_works(avatar: Avatar, baked: BakedAvatar, batch: int) -> dict[str, Cal
     driving, camera = moments(avatar, 0, batch)
     person, conditioner = avatar.personalized, avatar.conditioner
     tokens = conditioner(driving)
-    coefficients = conditioner.coefficients(driving, conditioner.mouth(tokens))
+    coefficients = conditioner.coefficients(driving, conditioner.heard(tokens, driving))
     features, alpha, _ = baked.renderer(baked.deltaplane(tokens, coefficients), camera)
     prefix = avatar.predictor.prepare(person.triplane)
     rays = person.renderer.rays(camera, person.renderer.renderer_config.neural_rendering_resolution)
