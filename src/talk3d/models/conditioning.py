@@ -4,7 +4,7 @@ Reference: Talk3D (arXiv 2403.20153), section 3.2; audio encoder after AD-NeRF (
 that tokens vary smoothly with what they encode.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -30,8 +30,9 @@ class ConditioningConfig:
     """Width of a token."""
     mouth_shapes: int = 8
     """Principal components of the mouth's shape that are read off the audio token; 0 reads off none."""
-    mouth_turns: bool = False
-    """Whether those components also follow from how the head is turned: from where a mouth is seen decides what it looks like."""
+    limits: bool = False
+    """Whether heads that are turned, and brows and eyes that are moved, farther than in what was learnt from count as if they were at its edge,
+    and the mouth's components follow from how the head is turned, too."""
     drop_rate: float = 0.1
     """How often, in training, each token but the audio's is replaced by the null token."""
 
@@ -125,37 +126,59 @@ class CameraEncoder(nn.Module):
         return self.encoder1(head_pose), self.encoder2(anchors)
 
 
+class Limits(nn.Module):
+    """How far head, brows and gaze were moved in what was learnt from: beyond it nobody knows what they do, and linear bases would exaggerate."""
+
+    low: Tensor
+    high: Tensor
+    share = 0.02
+    """Of what was learnt from, that lies beyond either limit: a few tracked values are always wrong."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("low", -torch.ones(7))
+        self.register_buffer("high", torch.ones(7))
+
+    def learn(self, head_pose: Float[Tensor, "t 3"], upper_face: Float[Tensor, "t 4"]) -> None:
+        """Take the limits of the frames that are learnt from."""
+        seen = torch.cat([head_pose, upper_face], 1).float()
+        for limit, share in ((self.low, self.share), (self.high, 1 - self.share)):
+            limit.copy_(torch.quantile(seen, share, dim=0))
+
+    def turn(self, head_pose: Float[Tensor, "b 3"]) -> Float[Tensor, "b 3"]:
+        """Return how the head is turned, -1 at the lower and 1 at the upper limit."""
+        low, high = self.low[:3], self.high[:3]
+        return 2 * (head_pose.clamp(low, high) - low) / (high - low).clamp(min=1e-6) - 1
+
+    def forward(self, driving: Driving) -> Driving:
+        """Return what drives b frames, within the limits."""
+        head_pose, upper_face = driving.head_pose.clamp(self.low[:3], self.high[:3]), driving.upper_face.clamp(self.low[3:], self.high[3:])
+        return replace(driving, head_pose=head_pose, upper_face=upper_face)
+
+
 class TurnedMouth(nn.Module):
     """What the mouth's components owe to how the head is turned, by itself and together with what is heard.
 
     The components are of pictures: an open mouth of a head that is turned away is another picture than one of a head that looks up.
     """
 
-    mean: Tensor
-    spread: Tensor
-    limit = 2.5
-    """In standard deviations of what was learnt from: a head that is turned farther counts as if it were turned so far."""
-
     def __init__(self, width: int, num_shapes: int) -> None:
         super().__init__()
-        self.register_buffer("mean", torch.zeros(3))
-        self.register_buffer("spread", torch.ones(3))
         self.alone = nn.Linear(9, num_shapes)
         self.together = nn.Sequential(nn.Linear(width + 3, width), nn.LeakyReLU(0.1), nn.Linear(width, num_shapes))
         for layer in (self.alone, self.together[2]):
             for parameter in layer.parameters():
                 nn.init.zeros_(parameter)
 
-    def learn_range(self, head_pose: Float[Tensor, "t 3"]) -> None:
-        """Take the mean and the spread of the head's angles in the frames that are learnt from."""
-        self.mean.copy_(head_pose.mean(0))
-        self.spread.copy_(head_pose.std(0, correction=0).clamp(min=1e-3))
+    def forward(self, token: Float[Tensor, "b d"], turn: Float[Tensor, "b 3"]) -> Float[Tensor, "b s"]:
+        """Return what is to be added to the components that are heard: a quadratic in the angles, and what they do together with the sound.
 
-    def forward(self, token: Float[Tensor, "b d"], head_pose: Float[Tensor, "b 3"]) -> Float[Tensor, "b s"]:
-        """Return what is to be added to the components that are heard: a quadratic in the angles, and what they do together with the sound."""
-        x = ((head_pose - self.mean) / self.spread).clamp(-self.limit, self.limit) / 1.5
-        squares = torch.cat([x, x.square(), x * x.roll(1, 1)], 1)
-        return self.alone(squares) + self.together(torch.cat([token, x], 1))
+        Args:
+            token: the audio's.
+            turn: of the head, -1 and 1 at the limits of what was learnt from.
+        """
+        squares = torch.cat([turn, turn.square(), turn * turn.roll(1, 1)], 1)
+        return self.alone(squares) + self.together(torch.cat([token, turn], 1))
 
 
 class Conditioner(nn.Module):
@@ -173,7 +196,8 @@ class Conditioner(nn.Module):
         self.blink_encoder = BlinkEncoder(config.blink_octaves, width)
         self.camera_encoder = CameraEncoder(config.pose_octaves, config.anchor_octaves, width)
         self.mouth_head = nn.Linear(width, config.mouth_shapes) if config.mouth_shapes else None
-        self.mouth_turned = TurnedMouth(width, config.mouth_shapes) if config.mouth_shapes and config.mouth_turns else None
+        self.limits = Limits() if config.limits else None
+        self.mouth_turned = TurnedMouth(width, config.mouth_shapes) if config.mouth_shapes and config.limits else None
         self.null_vector = nn.Parameter(torch.randn(1, 1, width))
 
     def audio_token(self, windows: Float[Tensor, "b n f w"]) -> Float[Tensor, "b d"]:
@@ -190,7 +214,7 @@ class Conditioner(nn.Module):
         if self.mouth_head is None:
             return token[:, :0]
         mouth = self.mouth_head(token)
-        return mouth if self.mouth_turned is None else mouth + self.mouth_turned(token, head_pose)
+        return mouth if self.limits is None or self.mouth_turned is None else mouth + self.mouth_turned(token, self.limits.turn(head_pose))
 
     def heard(self, tokens: Float[Tensor, "b 5 d"], driving: Driving) -> Float[Tensor, "b s"]:
         """Return the mouth shapes of encoded frames; the audio token is never dropped."""
@@ -198,6 +222,7 @@ class Conditioner(nn.Module):
 
     def coefficients(self, driving: Driving, mouth: Float[Tensor, "b s"]) -> Float[Tensor, "b k"]:
         """Return the weights of the linear bases, of about unit size: mouth shapes as given, blink, brows, gaze, rotation, place."""
+        driving = driving if self.limits is None else self.limits(driving)
         return torch.cat([mouth, 2 * driving.blink, 20 * driving.upper_face, 4 * driving.head_pose, 4 * driving.anchors[:, :2]], 1)
 
     def forward(self, driving: Driving, generator: torch.Generator | None = None, run_length: int = 1) -> Float[Tensor, "b 5 d"]:
@@ -206,6 +231,7 @@ class Conditioner(nn.Module):
         Frames that come in runs of `run_length` lose the same tokens.
         """
         batch = driving.audio.shape[0]
+        driving = driving if self.limits is None else self.limits(driving)
         tokens = torch.stack(
             [
                 self.audio_token(driving.audio),

@@ -64,15 +64,32 @@ def face_window(axes: PlaneAxes, resolution: int) -> tuple[tuple[slice, slice], 
 
 ABOVE_LIPS = (-0.06, -0.02)
 """Heights between which a face's upper part begins, in sides of the cube from its middle: over the lips, and under the nose."""
+ABOVE_CHIN = (-0.22, -0.18)
+"""The same of a head."""
+ROLL = 2
+"""Which of the bases that are not near is the head's roll."""
 
 
-def upper_face(axes: PlaneAxes, resolution: int) -> Float[Tensor, "3 1 s s"]:
-    """Return shares of the window's cells in the face's upper part: 1 above the lips, 0 below, and 0 on planes that do not tell heights."""
-    side, (low, high) = resolution // 2, ABOVE_LIPS
-    height = (torch.arange(side) + round((WINDOW_CENTRE[1] + 0.25) * resolution) + 0.5) / resolution - 0.5
-    share = ((height - low) / (high - low)).clamp(0, 1)
+def shares_above(axes: PlaneAxes, heights: Float[Tensor, " s"], begin: tuple[float, float]) -> Float[Tensor, "3 1 s s"]:
+    """Return shares of cells, of these heights, above where something begins: 1 above it, 0 below, and 0 on planes that do not tell heights."""
+    side, (low, high) = len(heights), begin
+    share = ((heights - low) / (high - low)).clamp(0, 1)
     by_axis = {(1, 0): share.expand(side, side), (0, 1): share[:, None].expand(side, side)}  # y along columns, along rows
     return torch.stack([by_axis.get((int(column == 1), int(row == 1)), torch.zeros(side, side)) for column, row in plane_axes(axes)])[:, None]
+
+
+def bases_reach(config: DeltaplaneConfig, mouth_shapes: int) -> tuple[Float[Tensor, "n 3 1 s s"], Float[Tensor, "m 3 1 s s"]]:
+    """Return shares of the cells in which near and other bases may learn.
+
+    What lids, brows and gaze do ends above the lips, and what a head's roll does begins below the chin: the camera turns the head itself.
+    """
+    side = config.plane_resolution // 2
+    cells = torch.arange(side) + 0.5
+    in_window = (cells + round((WINDOW_CENTRE[1] + 0.25) * config.plane_resolution)) / config.plane_resolution - 0.5
+    near, others = (torch.ones(count, 3, 1, side, side) for count in (config.num_near, config.num_bases))
+    near[mouth_shapes:] = shares_above(config.plane_axes, in_window, ABOVE_LIPS)
+    others[ROLL : ROLL + 1] -= shares_above(config.plane_axes, cells / side - 0.5, ABOVE_CHIN)
+    return near, others
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,8 @@ CAMERA_FOCAL = 4.2647
 """EG3D's focal length for FFHQ crops, image sides."""
 HEAD_PIVOT = (0.0, 0.0, 0.2)
 """The point of the head that EG3D's cameras look at, scene units."""
+FACE_MIDDLE = (0.0, 0.0, 0.15)
+"""Of the skin between eyes and mouth, about, scene units."""
 
 
 def rotation_from_vector(vector: Float[Tensor, "*b 3"]) -> Float[Tensor, "*b 3 3"]:
@@ -98,6 +100,30 @@ def move_camera(camera: Camera, scale: float, turn: Float[Tensor, "3 3"], shift:
     cam2world[..., :3, :3] = turn @ camera.cam2world[..., :3, :3]
     cam2world[..., :3, 3] = scale * camera.cam2world[..., :3, 3] @ turn.mT + shift
     return Camera(cam2world=cam2world, intrinsics=camera.intrinsics)
+
+
+def mean_rotation(rotation: Float[Tensor, "b 3 3"]) -> Float[Tensor, "3 3"]:
+    """Return the rotation nearest to all of these, by least squares of matrices."""
+    u, _, vt = torch.linalg.svd(rotation.mean(0))
+    return u @ torch.diag(torch.stack([torch.ones_like(vt[0, 0]), torch.ones_like(vt[0, 0]), torch.linalg.det(u @ vt)])) @ vt
+
+
+def widen_turns(cam2world: Float[Tensor, "b 4 4"], factor: float, middle: Float[Tensor, "3 3"]) -> Float[Tensor, "b 4 4"]:
+    """Let a head turn to the sides and nod so many times as far; it rolls as before, and the middle of the face stays where cameras see it.
+
+    Args:
+        cam2world: cameras in head space.
+        factor: of turns and nods.
+        middle: from which they count, head to camera.
+    """
+    rotation, position = cam2world[:, :3, :3].mT, cam2world[:, :3, 3]
+    face = position.new_tensor(FACE_MIDDLE)
+    turn = vector_from_rotation(rotation @ middle.mT)
+    wider = rotation_from_vector(turn * turn.new_tensor([factor, factor, 1.0])) @ middle
+    result = cam2world.clone()
+    result[:, :3, :3] = wider.mT
+    result[:, :3, 3] = face - (wider.mT @ rotation @ (face - position)[..., None])[..., 0]
+    return result
 
 
 def intrinsics_matrix(focal: float = CAMERA_FOCAL, centre: tuple[float, float] = (0.5, 0.5)) -> Float[Tensor, "3 3"]:

@@ -1,7 +1,8 @@
 """The head's motion refined by the picture itself: the rigid parts of the face must look the same in every frame.
 
 Face networks follow a nodding head only in part, and differently for each person; skin does not. Every frame is laid on one surface, the face of
-the person's points, and its pose corrected until the skin agrees with the mean of many frames (Gauss-Newton on six numbers, robust).
+the person's points, and its pose corrected until the skin agrees with the mean of many frames (Gauss-Newton on six numbers, robust). Light stays
+while heads turn, so the mean, a second time round, follows the turn of the head.
 
 Brows are followed in the same way, on a head whose pose is known by then: how far they are drawn up.
 
@@ -51,6 +52,8 @@ NOSE_BRIDGE, FOREHEAD_TOP = 197, 10
 """Below the first nothing is drawn up with the brows."""
 BROW_TRUST = 0.015
 """How far brows are drawn up or down, scene units."""
+ONE_BROW_TRUST = 0.002
+"""The same of one more than the other: with more freedom it takes turns of the head for its own."""
 LOWER_LIDS, NOSE_BASE, NOSE_WINGS, CHEEK_BONES = (145, 374), (98, 327), (129, 358), (116, 345)
 """Smiles draw up what lies below the first, in full from half the way to the second, and beside the third, in full from 40 % of the way to
 the fourth."""
@@ -69,6 +72,12 @@ BROW_ROOM = (0.03, 0.013)
 """How far above and below their rims brows are looked at, in distances between the outer eye corners."""
 NUM_REFERENCE = 64
 """Frames, spread over the clip, whose mean all are compared with."""
+NUM_SHADED = 192
+"""The same where the mean follows the turn of the head."""
+SHADE_DOUBT = 3.0
+"""So many frames would have to say that a look follows the turn of the head to be believed by half."""
+MOST_TURNED = 2.5
+"""In standard deviations: looks of heads that are turned farther are those of heads that are turned so far."""
 
 
 class FaceViews:
@@ -183,8 +192,8 @@ def refine_motion(motion: HeadMotion, views: FaceViews, pictures: Int[Tensor, " 
         pictures: under which number each frame of the motion is in `views`.
         image_size: width, height of the source picture, px.
     """
-    aligned = _Alignment(motion, views, pictures, image_size, Surface.rigid(motion.face), (*TRUST, *3 * (BROW_TRUST,), CHEEK_TRUST))
-    return aligned.run()
+    trust = (*TRUST, BROW_TRUST, ONE_BROW_TRUST, BROW_TRUST, CHEEK_TRUST)
+    return _Alignment(motion, views, pictures, image_size, Surface.rigid(motion.face), trust).run()
 
 
 def refine_brows(
@@ -216,8 +225,8 @@ class _Alignment:
         self.rotation, self.translation = motion.rotation.float(), motion.translation.float()
         self.drawn = torch.zeros(len(self.rotation), self.surface.lifts.shape[-1])
         self.first = self.drawn.clone()
-        self.look = torch.zeros(len(self.surface.points))
-        self.weight = torch.ones(len(self.surface.points))
+        self.turned = torch.zeros(len(self.rotation), 5)
+        self._forget()
 
     def run(self) -> HeadMotion:
         """Find the poses."""
@@ -233,24 +242,34 @@ class _Alignment:
         self._refine_all(self._few())
         return self.drawn
 
-    def _few(self) -> Tensor:
+    def _few(self, count: int = NUM_REFERENCE) -> Tensor:
         total = len(self.rotation)
-        return torch.linspace(0, total - 1, min(NUM_REFERENCE, total)).round().long()
+        return torch.linspace(0, total - 1, min(count, total)).round().long()
 
     def _refine_all(self, few: Tensor) -> None:
         self._settle(few)
         self._update_look(few)
+        self._refine_each(3)
+        for _ in range(3):
+            self._update_shades()
+            self._refine_each(2)
+
+    def _refine_each(self, num_steps: int) -> None:
         for chunk in torch.arange(len(self.rotation)).split(32):
-            self._refine(chunk, 4)
+            self._refine(chunk, num_steps)
 
     def _settle(self, frames: Tensor) -> None:
         """Look and poses in turn, from the start."""
         self.rotation[frames], self.translation[frames] = self.motion.rotation[frames].float(), self.motion.translation[frames].float()
         self.drawn[frames] = self.first[frames]
-        self.look, self.weight = torch.zeros(len(self.surface.points)), torch.ones(len(self.surface.points))
+        self._forget()
         for _ in range(3):
             self._update_look(frames)
             self._refine(frames, 3)
+
+    def _forget(self) -> None:
+        count = len(self.surface.points)
+        self.look, self.shades, self.weight = torch.zeros(count), torch.zeros(self.turned.shape[1], count), torch.ones(count)
 
     def _turns_seen(self, frames: Tensor) -> float:
         """How large turns to the side look to the skin against the face points, which follow them well: too deep a surface makes them small."""
@@ -276,17 +295,41 @@ class _Alignment:
         values, _, facing = self._sample(pictures, squares, self.rotation[frames], self.translation[frames], self.drawn[frames])
         shown = torch.where(facing > 0.1, values[:, 0], torch.nan)
         self.look = shown.nanmedian(0).values.nan_to_num()
-        spread = 1.48 * (shown - self.look).abs().nanmedian(0).values.nan_to_num(1e3)
+        self._weigh(shown - self.look)
+
+    def _weigh(self, error: Tensor) -> None:
+        spread = 1.48 * error.abs().nanmedian(0).values.nan_to_num(1e3)
         self.weight = 1 / (spread.square() + NOISE**2)
+
+    def _update_shades(self) -> None:
+        """How each point's look follows the turn of the head, a quadratic, by robust least squares, and less weight for points that change else."""
+        turn = vector_from_rotation(self.rotation @ self.rotation[len(self.rotation) // 2].mT)[:, :2]
+        turn = ((turn - turn.mean(0)) / turn.std(0).clamp(min=LIVELY_RAD)).clamp(-MOST_TURNED, MOST_TURNED)
+        self.turned = torch.cat([turn, turn.square(), turn.prod(1, keepdim=True)], 1)
+        frames = self._few(NUM_SHADED)
+        pictures, squares = self.views.read(self.pictures[frames])
+        values, _, facing = self._sample(pictures, squares, self.rotation[frames], self.translation[frames], self.drawn[frames])
+        shown, seen = values[:, 0], facing > 0.1
+        known = torch.cat([torch.ones(len(frames), 1), self.turned[frames]], 1)
+        doubt = torch.diag(torch.tensor([1e-3, *self.turned.shape[1] * (SHADE_DOUBT,)]))
+        error = shown - self.look - self.turned[frames] @ self.shades
+        for _ in range(3):
+            weight = seen * huber_weight(error.abs() * self.weight.sqrt(), torch.tensor(1.5))
+            normal = torch.einsum("fk,fn,fl->nkl", known, weight, known) + doubt
+            found = torch.linalg.solve(normal, torch.einsum("fk,fn->nk", known, weight * shown)[..., None])[..., 0].mT
+            error = shown - known @ found
+        self.look, self.shades = found[0], found[1:]
+        self._weigh(torch.where(seen, error, torch.nan))
 
     def _refine(self, frames: Tensor, num_steps: int) -> None:
         """Gauss-Newton on each frame's pose and what is drawn up, held to the pose of the face points and to skin at rest."""
         pictures, squares = self.views.read(self.pictures[frames])
         first_rotation, first_translation = self.motion.rotation[frames].float(), self.motion.translation[frames].float()
         rotation, translation, drawn = self.rotation[frames], self.translation[frames], self.drawn[frames]
+        expected = self.look + self.turned[frames] @ self.shades
         for _ in range(num_steps):
             values, local, facing = self._sample(pictures, squares, rotation, translation, drawn)
-            error = values[:, 0] - self.look
+            error = values[:, 0] - expected
             weight = INDEPENDENT * self.weight * facing * huber_weight(error.abs() * self.weight.sqrt(), torch.tensor(1.5))
             slope = values[:, 1:].mT * (self.motion.focal_px * SIDE_PX / squares[:, 2])[:, None, None] / local[..., 2:]  # b n 2
             by_place = torch.cat([slope, -(slope * local[..., :2] / local[..., 2:]).sum(-1, keepdim=True)], -1)

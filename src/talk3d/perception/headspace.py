@@ -15,7 +15,16 @@ from talk3d.errors import WeightsError
 from talk3d.io.weights import load_prior
 from talk3d.models.avatar import Prior
 from talk3d.models.generator import TriplaneGenerator
-from talk3d.ops.geometry import CAMERA_RADIUS, HEAD_PIVOT, fit_similarity, head_camera, rotation_from_vector, vector_from_rotation
+from talk3d.ops.geometry import (
+    CAMERA_RADIUS,
+    HEAD_PIVOT,
+    fit_similarity,
+    head_camera,
+    mean_rotation,
+    rotation_from_vector,
+    vector_from_rotation,
+    widen_turns,
+)
 from talk3d.perception.facetemplate import (
     OWN_SHAPE,
     FaceTemplate,
@@ -85,6 +94,13 @@ def nod_head_space(motion: HeadMotion, angle_rad: float) -> HeadMotion:
     shape, face = ((points - pivot) @ turn.mT + pivot for points in (motion.shape, motion.face))
     rotation = motion.rotation @ turn.mT
     return replace(motion, rotation=rotation, translation=motion.translation + motion.rotation @ pivot - rotation @ pivot, shape=shape, face=face)
+
+
+def widen_head_turns(motion: HeadMotion, factor: float) -> HeadMotion:
+    """Let the head turn so many times as far through the whole clip, from the middle of its turns (`widen_turns`)."""
+    cam2world = widen_turns(motion.cam2world(), factor, mean_rotation(motion.rotation))
+    rotation = cam2world[:, :3, :3].mT
+    return replace(motion, rotation=rotation, translation=-(rotation @ cam2world[:, :3, 3:])[..., 0])
 
 
 def _triangulate(motion: HeadMotion, few: slice, observed: Tensor, angle: Tensor, lag: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,8 @@
-"""The nod that face points leave constantly wrong, told by the pictures: at the right one, the head that the prior guesses looks most like them.
+"""What face points leave constantly wrong, told by the pictures: at the right pose, the head that the prior guesses looks most like them.
 
 A face network misjudges how deep each person's face is, and a face of the wrong depth is nodded in its head space by up to some degrees, the same
-in all frames. Then turns of the head look like rolls. The prior has learnt heads from true cameras, hair, ears and neck included.
+in all frames: then turns of the head look like rolls. And a face that is taken for too deep turns too little. The prior has learnt heads from true
+cameras, hair, ears and neck included.
 """
 
 import math
@@ -15,17 +16,21 @@ from torch import Tensor
 from talk3d.models.avatar import Prior
 from talk3d.models.stylegan2 import resize_to
 from talk3d.ops.compositing import premultiply
-from talk3d.ops.geometry import CAMERA_FOCAL, HEAD_PIVOT, farthest_points, intrinsics_matrix, look_at, move_camera, rotation_from_vector
+from talk3d.ops.geometry import CAMERA_FOCAL, HEAD_PIVOT, farthest_points, intrinsics_matrix, look_at, move_camera, rotation_from_vector, widen_turns
 from talk3d.types import Camera, Triplane
 
-NUM_VIEWS = 8
-"""Frames that are looked at."""
-SIDE = 24
-"""Rays a side."""
+NUM_VIEWS, SIDE = 8, 24
+"""Frames that are looked at for the nod, and rays a side."""
+TURNS_VIEWS, TURNS_SIDE = 16, 32
+"""The same for how far heads turn."""
 MOST_RAD = math.radians(8)
 """Larger nods are not looked for."""
 SHARE = 0.9
 """Of the nod found that is believed: it errs by about 0.7 degrees, the face points by about 2."""
+MOST_STRETCH = 0.2
+"""Turns that are more than about 20 % wider or narrower are not looked for."""
+TURNS_BIAS = 0.03
+"""By so much too far turn the heads that look most like a guess: of five rendered people 1 to 6 %."""
 KNOWN, STRANGE = 0.075, 0.105
 """Mean error of the guess, of pictures in [-1, 1], up to which its person is known to the prior, and from which they are a stranger to it. Rendered
 people whom it never saw err by 0.03 to 0.07, a real one by 0.12: there the error falls with the nod for reasons other than the nod."""
@@ -55,23 +60,55 @@ def find_nod(prior: Prior, image: Float[Tensor, "k 3 h w"], alpha: Float[Tensor,
         cameras: right but for a constant nod.
     """
     level, shown = level_views(image, alpha, cameras)
-    small = resize_to(shown[:, :3], SIDE)
+    found = minimize_scalar(
+        lambda angle: _strangeness(prior, shown, nodded(level, angle), SIDE),
+        bounds=(-MOST_RAD, MOST_RAD),
+        method="bounded",
+        options={"xatol": math.radians(0.3)},
+    )
+    return _belief(found.fun) * SHARE * float(found.x)
+
+
+def find_turns(
+    prior: Prior, image: Float[Tensor, "k 3 h w"], alpha: Float[Tensor, "k 1 h w"], cameras: Camera, middle: Float[Tensor, "3 3"]
+) -> float:
+    """By which factor the head's turns should be widened (`widen_turns`) so that the prior's guess of the head looks like the pictures.
+
+    A face that is taken for too deep seems to turn too little, and skin and light cannot tell. One where no guess looks like the pictures.
+
+    Args:
+        prior: with its encoder; without one, its average head is compared.
+        image: of one person, [-1, 1], over anything.
+        alpha: mattes, [0, 1].
+        cameras: right but for how far the head turns.
+        middle: from which turns count, head to camera.
+    """
+
+    def error(stretch: float) -> float:
+        wider = widen_turns(cameras.cam2world, math.exp(stretch), middle.to(cameras.cam2world))
+        level, shown = level_views(image, alpha, Camera(cam2world=wider, intrinsics=cameras.intrinsics))
+        return _strangeness(prior, shown, level, TURNS_SIDE)
+
+    found = minimize_scalar(error, bounds=(-MOST_STRETCH, MOST_STRETCH), method="bounded", options={"xatol": 0.01})
+    return math.exp(_belief(found.fun) * (float(found.x) - TURNS_BIAS))
+
+
+def _strangeness(prior: Prior, shown: Float[Tensor, "k 4 h w"], cameras: Camera, side: int) -> float:
+    """How far the prior's guess of the head is from the pictures of level views, mean absolute difference, with so many rays a side."""
     generator = prior.generator
+    with torch.no_grad():
+        w = generator.mapping_network.w_avg[None]
+        if prior.encoder is not None:
+            w = w + prior.encoder(shown[None, :, :3], shown[None, :, 3:], cameras)
+        painted = generator.triplane(w[:, None].expand(-1, generator.num_ws, -1))
+        planes = Triplane(planes=painted.planes.expand(len(cameras), -1, -1, -1, -1), axes=painted.axes)
+        features = generator.render_rays(planes, generator.rays(cameras, side))[0][..., :3].mT.unflatten(2, (side, side))  # k 3 s s
+        return float((2 * features - 1 - resize_to(shown[:, :3], side)).abs().mean())
 
-    def error(angle: float) -> float:
-        with torch.no_grad():
-            tried = nodded(level, angle)
-            w = generator.mapping_network.w_avg[None]
-            if prior.encoder is not None:
-                w = w + prior.encoder(shown[None, :, :3], shown[None, :, 3:], tried)
-            painted = generator.triplane(w[:, None].expand(-1, generator.num_ws, -1))
-            planes = Triplane(planes=painted.planes.expand(len(tried), -1, -1, -1, -1), axes=painted.axes)
-            features = generator.render_rays(planes, generator.rays(tried, SIDE))[0][..., :3].mT.unflatten(2, (SIDE, SIDE))  # k 3 s s
-            return float((2 * features - 1 - small).abs().mean())
 
-    found = minimize_scalar(error, bounds=(-MOST_RAD, MOST_RAD), method="bounded", options={"xatol": math.radians(0.3)})
-    known = min(max((STRANGE - float(found.fun)) / (STRANGE - KNOWN), 0.0), 1.0)
-    return known * SHARE * float(found.x)
+def _belief(error: float) -> float:
+    """How well the prior knows a person whose guess errs so much: 0 … 1."""
+    return min(max((STRANGE - error) / (STRANGE - KNOWN), 0.0), 1.0)
 
 
 def level_views(image: Float[Tensor, "k 3 h w"], alpha: Float[Tensor, "k 1 h w"], cameras: Camera) -> tuple[Camera, Float[Tensor, "k 4 h w"]]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from talk3d.errors import ConfigError
 from talk3d.metrics.image import SSIM_WINDOW, ssim_map
 from talk3d.models.avatar import Avatar
-from talk3d.models.deltaplane import DeltaplaneTensors, upper_face
+from talk3d.models.deltaplane import DeltaplaneTensors, bases_reach
 from talk3d.ops.compositing import premultiply
 from talk3d.perception.facetemplate import ModelKind
 from talk3d.perception.identity import SIDE_PX, Likeness, align_faces, five_points, load_identity
@@ -161,8 +161,8 @@ class Lesson:
         quiet = quiet_frames(clip.waveform, clip.fps, num_frames).nonzero()[:, 0]
         shut = shut_mouth(shapes, mouth_opening(track.landmarks[used]))
         self.heard = Heard(audio=clip.audio, shapes=shapes, head_pose=track.head_pose[used].float(), quiet=quiet, shut=shut)
-        if avatar.conditioner.mouth_turned is not None:
-            avatar.conditioner.mouth_turned.learn_range(self.heard.head_pose[:num_frames])
+        if avatar.conditioner.limits is not None:
+            avatar.conditioner.limits.learn(track.head_pose[:num_frames], track.upper_face[:num_frames])
         self.windows = mouth_windows(track.landmarks[used], avatar.resolution)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -178,8 +178,8 @@ class Lesson:
         chances = torch.lerp(torch.full((num_frames,), 1 / num_frames), seldom, config.unusual_frames)
         self.run_length = NUM_FRAMES if config.weights.sync else 2 if config.weights.temporal else 1
         self.chances = run_chances(chances, self.run_length, clip.check.get("cuts", ()))
-        near, planes = avatar.predictor.near, avatar.config.deltaplane
-        self.upper = upper_face(planes.plane_axes, planes.plane_resolution).to(device)
+        near, reach = avatar.predictor.near, bases_reach(avatar.config.deltaplane, avatar.config.conditioning.mouth_shapes)
+        self.reach = [share.to(device) for share in reach]
         self.ear = avatar.conditioner.ear().requires_grad_(False)
         others = [part for part in [*avatar.conditioner.parameters(), *avatar.predictor.parameters()] if part.requires_grad and part is not near]
         identity_rate = config.identity_rate * float(avatar.predictor.scale)
@@ -269,8 +269,9 @@ class Lesson:
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * scale
         terms = self._find_gradients(self._draw())
-        if (near := self.avatar.predictor.near) is not None and near.grad is not None:  # what lids, brows and gaze do ends above the lips
-            near.grad[self.avatar.config.conditioning.mouth_shapes :] *= self.upper
+        for bases, share in zip((self.avatar.predictor.near, self.avatar.predictor.bases), self.reach, strict=True):
+            if bases is not None and bases.grad is not None:
+                bases.grad *= share
         nn.utils.clip_grad_norm_(self.avatar.parameters(), 1.0)
         self.optimizer.step()
         self.average.update(self.avatar, number)

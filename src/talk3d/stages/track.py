@@ -14,6 +14,7 @@ from typing import Literal
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
+from scipy.ndimage import median_filter
 from torch import Tensor
 
 from talk3d.errors import ConfigError, MediaError, TrackingError
@@ -22,11 +23,11 @@ from talk3d.io.media import VideoScan, read_audio, read_video, scan_video
 from talk3d.io.timeline import shot_starts
 from talk3d.io.weights import load_prior
 from talk3d.metrics.capture import CaptureReport, FaceMeasures, capture_report, in_step
-from talk3d.ops.geometry import CAMERA_FOCAL, view_angles
+from talk3d.ops.geometry import CAMERA_FOCAL, mean_rotation, view_angles
 from talk3d.perception.alignment import FaceViews, refine_brows, refine_motion
 from talk3d.perception.facetemplate import FaceTemplate, load_template
 from talk3d.perception.headpose import HeadMotion, solve_head_pose
-from talk3d.perception.headspace import nod_head_space, settle_head_space
+from talk3d.perception.headspace import nod_head_space, settle_head_space, widen_head_turns
 from talk3d.perception.identity import Likeness
 from talk3d.perception.landmarks import (
     BROWS,
@@ -40,7 +41,7 @@ from talk3d.perception.landmarks import (
     steady_gaze,
 )
 from talk3d.perception.liplines import correct_lips
-from talk3d.perception.nod import choose_views, find_nod
+from talk3d.perception.nod import NUM_VIEWS, TURNS_VIEWS, choose_views, find_nod, find_turns
 from talk3d.perception.parsing import BiSeNetParser
 from talk3d.perception.speech import PUBLISHED_FPS, SAMPLE_RATE_HZ, SpeechKind, load_speech
 from talk3d.stages.pasting import crop_maps, write_crops
@@ -152,7 +153,11 @@ def track(
     face_track = _face_track(faces, brows, motion, crop, size, config.size_px)
     num_training = num_frames - min(round(config.held_out_s * config.fps), num_frames // 5)
     frames, masks, wide = write_crops(scan, faces.start, crop, face_track, num_training, config.size_px, parser, progress)
-    motion = nod_head_space(motion, nod := _nod_seen(face_track, frames, masks))  # about the middle of the crops, which stay
+    prior = load_prior()
+    motion = nod_head_space(motion, nod := find_nod(prior, *_seen_views(face_track, frames, masks, NUM_VIEWS)))  # about the middle of the crops
+    face_track = _face_track(faces, brows, motion, crop, size, config.size_px)
+    middle = mean_rotation(motion.rotation)
+    motion = widen_head_turns(motion, turns := find_turns(prior, *_seen_views(face_track, frames, masks, TURNS_VIEWS), middle))
     face_track = _face_track(faces, brows, motion, crop, size, config.size_px)
     return Clip(
         frames=frames,
@@ -164,7 +169,7 @@ def track(
         source=str(Path(video).resolve()),
         source_sha256=sha256_of(Path(video)),
         num_training_frames=num_training,
-        check={**check, "smoothing": dict(motion.smoothing), "nod_deg": round(math.degrees(nod), 2)},
+        check={**check, "smoothing": dict(motion.smoothing), "nod_deg": round(math.degrees(nod), 2), "turns": round(turns, 3)},
         wide=wide,
     )
 
@@ -189,7 +194,8 @@ def _find_motion(
         def refine(motion: HeadMotion) -> HeadMotion:
             motion = refine_motion(motion, views, pictures, size)
             rest = torch.stack([motion.project(motion.face[list(brow)], (size[0] / 2, size[1] / 2)).float() for brow in BROWS], 1)
-            brows.append(refine_brows(brow_lift(points, rest), motion, views, pictures, size))
+            lift = refine_brows(brow_lift(points, rest), motion, views, pictures, size)
+            brows.append(torch.from_numpy(median_filter(lift.numpy(), (2 * round(config.fps / 12) + 1, 1), mode="nearest")))  # without blinks' jolts
             return settle_head_space(motion, points, head, size)
 
         motion = solve_head_pose(faces.landmarks, head, size, faces.seen, cuts, config.fps, refine)
@@ -311,12 +317,12 @@ def _face_track(faces: Faces, brows: Tensor, motion: HeadMotion, crop: np.ndarra
     )
 
 
-def _nod_seen(face_track: FaceTrack, frames: np.ndarray, masks: FaceMasks) -> float:
-    """By which angle the cameras of the clip are to be lifted round the head, radians, as the builtin prior sees it."""
-    chosen = choose_views(face_track.head_pose)
+def _seen_views(face_track: FaceTrack, frames: np.ndarray, masks: FaceMasks, count: int) -> tuple[Tensor, Tensor, Camera]:
+    """Pictures, mattes and cameras of frames with the most different poses."""
+    chosen = choose_views(face_track.head_pose, count)
     image = torch.from_numpy(frames[chosen.numpy()]).permute(0, 3, 1, 2) / 127.5 - 1  # k c h w
     matte = torch.from_numpy(masks.person[chosen.numpy()])[:, None] / 255
-    return find_nod(load_prior(), image, matte, face_track.cameras[chosen])
+    return image, matte, face_track.cameras[chosen]
 
 
 def measures(faces: Faces, frames: np.ndarray, motion: HeadMotion, model: FaceModel) -> FaceMeasures:
