@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from talk3d.models.conditioning import RELEASED, AudioAttention, Conditioner, ConditioningConfig, PositionalMLP, TurnedMouth
+from talk3d.models.conditioning import RELEASED, AudioAttention, Conditioner, ConditioningConfig, Limits, PositionalMLP, TurnedMouth
 from talk3d.types import Driving
 
 AUDIO, BLINK, NULL, ROTATION, LANDMARKS = range(5)
@@ -80,28 +80,40 @@ def test_coefficients_are_the_mouth_heard_and_what_was_tracked() -> None:
 
 
 def test_how_the_head_is_turned_adds_to_the_mouth_that_is_heard() -> None:
-    model, given = conditioner(mouth_shapes=3, mouth_turns=True), driving()
+    model, given = conditioner(mouth_shapes=3, limits=True), driving()
     tokens = model(given)
-    assert isinstance(model.mouth_turned, TurnedMouth)
+    assert isinstance(model.mouth_turned, TurnedMouth) and model.limits is not None
     torch.testing.assert_close(model.heard(tokens, given), model.mouth_head(tokens[:, AUDIO]))  # nothing at first
     for parameter in model.mouth_turned.parameters():
         torch.nn.init.normal_(parameter)
     added = model.heard(tokens, given) - model.mouth_head(tokens[:, AUDIO])
-    torch.testing.assert_close(added, model.mouth_turned(tokens[:, AUDIO], given.head_pose), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(added, model.mouth_turned(tokens[:, AUDIO], model.limits.turn(given.head_pose)), atol=1e-4, rtol=1e-4)
     assert added.abs().min() > 0
 
 
-def test_turns_count_in_spreads_of_what_was_learnt_from_and_not_beyond_it() -> None:
-    model, token = TurnedMouth(4, 2), torch.zeros(3, 4)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter)
-    seen = torch.randn(200, 3) * torch.tensor([0.2, 0.1, 0.05]) + torch.tensor([0.3, 0.0, -0.1])
-    standard = (seen - seen.mean(0)) / seen.std(0, correction=0)
-    before = model(token, standard[:3])
-    model.learn_range(seen)
-    torch.testing.assert_close(model(token, seen[:3]), before, atol=1e-4, rtol=1e-4)
-    far, farther = (seen.mean(0) + times * seen.std(0) * torch.ones(3, 3) for times in (3.0, 9.0))
-    torch.testing.assert_close(model(token, far), model(token, farther))
+def test_what_goes_beyond_what_was_learnt_counts_as_its_edge() -> None:
+    model = conditioner(mouth_shapes=3, limits=True)
+    pose, upper = torch.randn(400, 3) * torch.tensor([0.2, 0.1, 0.05]), torch.randn(400, 4) * 0.01 + 0.1
+    model.limits.learn(pose, upper)
+    seen = torch.cat([pose, upper], 1).numpy()
+    low, high = (torch.from_numpy(np.quantile(seen, share, axis=0)) for share in (Limits.share, 1 - Limits.share))
+    usual = Driving(**vars(driving()) | {"head_pose": pose.median(0).values.repeat(3, 1), "upper_face": upper.median(0).values.repeat(3, 1)})
+    for edge, sign in ((low, -1.0), (high, 1.0)):
+        at_edge = Driving(**vars(usual) | {"head_pose": edge[:3].repeat(3, 1), "upper_face": edge[3:].repeat(3, 1)})
+        beyond = Driving(**vars(usual) | {"head_pose": at_edge.head_pose + sign, "upper_face": at_edge.upper_face + sign})
+        for found, expected in zip(_all_of(model, beyond), _all_of(model, at_edge), strict=True):
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(model.limits.turn(beyond.head_pose), torch.full((3, 3), sign))
+        assert not _all_of(model, beyond)[2].allclose(_all_of(model, usual)[2])
+    free = conditioner(mouth_shapes=3)
+    torch.testing.assert_close(free.coefficients(beyond, torch.zeros(3, 3))[:, 4:8], 20 * beyond.upper_face)
+
+
+def _all_of(model: Conditioner, given: Driving) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Tokens, what is heard, and weights of the bases."""
+    tokens = model(given)
+    mouth = model.heard(tokens, given)
+    return tokens, mouth, model.coefficients(given, mouth)
 
 
 def test_positional_code_is_sines_and_cosines_of_doubling_frequency() -> None:

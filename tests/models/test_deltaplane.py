@@ -12,14 +12,15 @@ import torch.nn.functional as F
 
 from talk3d.models import deltaplane
 from talk3d.models.deltaplane import (
+    ROLL,
     BatchNorm,
     DeltaplaneConfig,
     DeltaplanePredictor,
     DeltaplanePrefix,
     DeltaplaneTensors,
+    bases_reach,
     face_window,
     positions,
-    upper_face,
 )
 from talk3d.ops.planes import project_points, roll_out, sample_planes
 from talk3d.ops.resample import downsample2, upsample2
@@ -124,17 +125,21 @@ def test_the_window_is_where_the_face_is_looked_up(axes: PlaneAxes) -> None:
 
 
 @pytest.mark.parametrize("axes", ["fixed", "released"])
-def test_the_upper_face_is_above_the_lips_wherever_heights_are_told(axes: PlaneAxes) -> None:
-    """Painted planes of ones in the upper face: what is looked up at a point counts the planes that tell heights, and nothing below."""
-    share, side = upper_face(axes, 128), 128
+def test_bases_of_brows_leave_the_mouth_alone_and_the_base_of_rolls_begins_below_the_chin(axes: PlaneAxes) -> None:
+    """Painted planes of what may be learnt: what is looked up at a point counts the planes that do not say how high it is, and more elsewhere."""
+    side, silent = 128, 1 if axes == "fixed" else 2
+    near, others = bases_reach(DeltaplaneConfig(plane_resolution=side, plane_axes=axes, num_near=3, num_bases=4), 1)
+    assert near.shape == (3, 3, 1, 64, 64) and others.shape == (4, 3, 1, 64, 64)
     planes = torch.zeros(1, 3, 1, side, side)
     for plane, (rows, columns) in enumerate(face_window(axes, side)):
-        planes[0, plane, :, rows, columns] = share[plane]
-    nose_bridge, mouth = torch.tensor([[[0.0, 0.06, 0.15]]]), torch.tensor([[[0.0, -0.09, 0.15]]])
-    telling = 2 if axes == "fixed" else 1
-    found = [float(3 * sample_planes(planes, project_points(point, axes, 1.0))) for point in (nose_bridge, mouth)]
-    assert found == pytest.approx([telling, 0], abs=1e-5)
-    assert ((share > 0) & (share < 1)).any()
+        planes[0, plane, :, rows, columns] = near[2, plane]
+    bridge, mouth, neck = (torch.tensor([[[0.0, height, 0.15]]]) for height in (0.06, -0.09, -0.26))
+    found = [float(3 * sample_planes(planes, project_points(point, axes, 1.0))) for point in (bridge, mouth, neck)]
+    assert found == pytest.approx([3, silent, 3], abs=1e-5)
+    found = [float(3 * sample_planes(others[None, ROLL], project_points(point, axes, 1.0))) for point in (bridge, mouth, neck)]
+    assert found == pytest.approx([silent, silent, 3], abs=1e-5)
+    assert near[:1].eq(1).all() and others[[0, 1, 3]].eq(1).all()
+    assert ((near > 0) & (near < 1)).any()
 
 
 def test_scaled_planes_give_scaled_deltaplanes(make_predictor, identity: Triplane) -> None:

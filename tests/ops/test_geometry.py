@@ -133,3 +133,24 @@ def test_moved_cameras_see_moved_points_where_these_see_them():
     camera = g.head_camera(torch.tensor([[0.3, -0.2, 0.1]], dtype=torch.float64))
     moved = g.move_camera(camera, 1.3, turn, shift)
     assert torch.allclose(g.project(1.3 * points @ turn.mT + shift, moved), g.project(points, camera), atol=1e-9)
+
+
+def test_the_mean_of_rotations_about_one_axis_is_at_their_middle():
+    vectors = torch.tensor([[0.0, -0.2, 0.0], [0.0, 0.1, 0.0], [0.0, 0.4, 0.0]], dtype=torch.float64)
+    turned = g.rotation_from_vector(vectors) @ random_rotations(2)[1]
+    mean = g.mean_rotation(turned)
+    assert torch.allclose(mean.mT @ mean, torch.eye(3, dtype=torch.float64)) and torch.linalg.det(mean) > 0
+    middle = math.atan2(sum(math.sin(a) for a in (-0.2, 0.1, 0.4)), sum(math.cos(a) for a in (-0.2, 0.1, 0.4)))
+    assert torch.allclose(mean, g.rotation_from_vector(torch.tensor([0.0, middle, 0.0], dtype=torch.float64)) @ random_rotations(2)[1])
+
+
+def test_widened_turns_are_farther_from_the_middle_and_keep_rolls_and_the_face_in_place():
+    angles = torch.tensor([[0.2, 0.1, 0.0], [-0.3, 0.0, 0.0], [0.0, 0.0, 0.15]], dtype=torch.float64)
+    camera = g.head_camera(angles)
+    middle = g.head_camera(torch.zeros(1, 3, dtype=torch.float64)).cam2world[0, :3, :3].mT
+    wider = g.Camera(cam2world=g.widen_turns(camera.cam2world, 1.2, middle), intrinsics=camera.intrinsics)
+    turn, before = (g.vector_from_rotation(c.cam2world[:, :3, :3].mT @ middle.mT) for c in (wider, camera))
+    assert torch.allclose(turn, before * torch.tensor([1.2, 1.2, 1.0], dtype=torch.float64), atol=1e-9)
+    face = torch.tensor(g.FACE_MIDDLE, dtype=torch.float64).expand(3, 1, 3)
+    assert torch.allclose(g.project(face, wider), g.project(face, camera), atol=1e-9)
+    assert torch.allclose(g.widen_turns(camera.cam2world, 1.0, middle), camera.cam2world, atol=1e-9)

@@ -95,6 +95,24 @@ def test_drawn_up_skin_does_not_move_the_head(drawn: tuple[float, ...], trust: s
     assert worst["rigid"] > 2 * worst["free"]
 
 
+def test_light_that_stays_while_the_head_turns_does_not_hold_it_back():
+    """A painted face of which another side is bright as it turns: its pose is found nearer to the truth by looks that follow the turn."""
+    face = load_template("task").points.double()
+    surface = al.Surface.rigid(face)
+    true, turns = _turning(face)
+    worst = {}
+    for name, doubt in (("follows", al.SHADE_DOUBT / 16), ("one look", 1e9)):  # few frames, so they count for more
+        with tempfile.TemporaryFile() as file, pytest.MonkeyPatch.context() as patch:
+            patch.setattr(al, "SHADE_DOUBT", doubt)
+            views = al.FaceViews(file)
+            for index in range(12):
+                views.put(index, *_painted(surface, true, index, torch.zeros(4), float(turns[index, 1] / 0.08)))
+            found = al.refine_motion(true, views, torch.arange(12), (256, 256))
+        apart = vector_from_rotation(found.rotation @ true.rotation.mT)
+        worst[name] = float((apart - apart.mean(0)).norm(dim=-1).square().mean().sqrt())
+    assert worst["follows"] < 0.8 * worst["one look"]
+
+
 def _turning(face: torch.Tensor) -> tuple[HeadMotion, torch.Tensor]:
     """Twelve frames of a head that turns a little, and its turns."""
     turns = 0.08 * torch.tensor([[np.sin(k), np.cos(1.7 * k), 0.3 * np.sin(2.3 * k)] for k in range(12)], dtype=torch.float64)
@@ -139,13 +157,14 @@ def test_brows_are_where_they_should_be():
     assert surface.points[:, 1].min() > face[[159, 386], 1].max() and surface.points[:, 1].max() < face[10, 1]
 
 
-def _painted(surface: al.Surface, motion: HeadMotion, index: int, drawn: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """A picture of the surface with waves painted on its skin, and where its corners are seen."""
+def _painted(surface: al.Surface, motion: HeadMotion, index: int, drawn: torch.Tensor, light: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
+    """A picture of the surface with waves painted on its skin, and others as strong as the light, and where its corners are seen."""
     skin = surface.points.double()
     moved = skin + (surface.lifts @ drawn).double()
     seen = motion.focal_px * (local := moved @ motion.rotation[index].T + motion.translation[index])[:, :2] / local[:, 2:] + 128
     x, y = (200 * skin[:, :2]).T.numpy()
     paint = 128 + 30 * np.sin(x + 0.5 * y) + 30 * np.sin(1.3 * y) + 30 * np.sin(0.4 * x - 0.8 * y)
+    paint = paint + light * 30 * np.sin(0.7 * x + 1.0)
     down, right = np.mgrid[:256, :256] + 0.5
     picture = np.nan_to_num(LinearNDInterpolator(seen.numpy(), paint)(right, down), nan=128).round().astype(np.uint8)
     corners = motion.project(motion.face[:468], (128, 128))[index].numpy()

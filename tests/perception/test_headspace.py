@@ -13,11 +13,11 @@ from talk3d.errors import WeightsError
 from talk3d.io.weights import load_prior
 from talk3d.models.avatar import Prior
 from talk3d.models.generator import TriplaneGenerator
-from talk3d.ops.geometry import fit_similarity, head_camera, project, rotation_from_vector, vector_from_rotation, view_angles
+from talk3d.ops.geometry import FACE_MIDDLE, fit_similarity, head_camera, project, rotation_from_vector, vector_from_rotation, view_angles
 from talk3d.perception import headspace
 from talk3d.perception.facetemplate import FaceTemplate, load_template, place_shape
 from talk3d.perception.headpose import RIGID_POINTS, HeadMotion
-from talk3d.perception.headspace import MOST_RESIDUAL, nod_head_space, place_prior, settle_head_space
+from talk3d.perception.headspace import MOST_RESIDUAL, nod_head_space, place_prior, settle_head_space, widen_head_turns
 from talk3d.perception.landmarks import FaceModel
 from talk3d.perception.nod import nodded
 from talk3d.presets import TINY
@@ -98,6 +98,15 @@ def test_nodding_head_space_lifts_the_cameras_and_changes_nothing_that_they_see(
     torch.testing.assert_close(lifted.cam2world(), cameras.cam2world, rtol=0, atol=1e-7)
     rise = view_angles(lifted.rotation.mT)[:, 1] - view_angles(motion.rotation.mT)[:, 1]
     assert rise.rad2deg().mean() == pytest.approx(3, abs=0.1)
+
+
+def test_widened_turns_are_so_many_times_as_far_and_the_face_stays_where_it_is_seen():
+    _, motion, _ = moving()
+    wider = widen_head_turns(motion, 1.1)
+    yaw, before = (view_angles(m.rotation.mT)[:, 0] for m in (wider, motion))
+    assert float(yaw.std() / before.std()) == pytest.approx(1.1, abs=0.01)
+    face = torch.tensor([FACE_MIDDLE], dtype=torch.float64)
+    assert (wider.project(face, (256, 256)) - motion.project(face, (256, 256))).abs().max() < 1e-3
 
 
 class Sculptor:

@@ -1,4 +1,4 @@
-"""The constant nod of a clip's cameras, found with heads that the builtin prior itself paints."""
+"""The constant nod of a clip's cameras and how far its head turns, found with heads that the builtin prior itself paints."""
 
 import math
 
@@ -7,8 +7,8 @@ import torch
 
 from talk3d.io.weights import load_prior
 from talk3d.models.avatar import Prior
-from talk3d.ops.geometry import head_camera, project, rotation_from_vector, view_angles
-from talk3d.perception.nod import SHARE, choose_views, find_nod, level_views, nodded
+from talk3d.ops.geometry import head_camera, mean_rotation, project, rotation_from_vector, view_angles, widen_turns
+from talk3d.perception.nod import SHARE, choose_views, find_nod, find_turns, level_views, nodded
 from talk3d.types import Camera
 
 ANGLES = torch.tensor([[0.0, 0.0, 0.05], [0.35, 0.05, 0.0], [-0.35, 0.0, -0.05], [0.1, -0.15, 0.1]])
@@ -27,7 +27,7 @@ def beside(cameras: Camera) -> Camera:
     return Camera(cam2world=cameras.cam2world, intrinsics=intrinsics)
 
 
-def test_the_nod_of_a_head_that_the_prior_knows_is_found(builtin: Prior):
+def test_the_nod_and_the_turns_of_a_head_that_the_prior_knows_are_found(builtin: Prior):
     cameras = beside(head_camera(ANGLES))
     head = builtin.generator.mapping(torch.randn(1, builtin.generator.config.z_dim)).expand(4, -1, -1)
     with torch.no_grad():
@@ -36,6 +36,11 @@ def test_the_nod_of_a_head_that_the_prior_knows_is_found(builtin: Prior):
     picture = ((rendering.image + 1) / alpha.clamp_min(0.05) - 1).clamp(-1, 1)  # not premultiplied
     found = find_nod(builtin, picture, alpha, nodded(cameras, math.radians(-4)))
     assert math.degrees(found) == pytest.approx(4 * SHARE, abs=0.8)
+    middle = mean_rotation(cameras.cam2world[:, :3, :3].mT)
+    for factor in (0.87, 1.1):
+        wrong = Camera(cam2world=widen_turns(cameras.cam2world, factor, middle), intrinsics=cameras.intrinsics)
+        found = find_turns(builtin, picture, alpha, wrong, middle)
+        assert math.log(found) == pytest.approx(-math.log(factor), abs=0.05)
 
 
 def test_without_an_encoder_the_average_head_is_compared(builtin: Prior):
@@ -52,6 +57,7 @@ def test_of_pictures_that_the_prior_cannot_guess_nothing_is_believed(builtin: Pr
     stripes = torch.ones(2, 3, 64, 64)
     stripes[..., ::2] = -1
     assert find_nod(builtin, stripes, torch.ones(2, 1, 64, 64), head_camera(ANGLES[:2])) == 0
+    assert find_turns(builtin, stripes, torch.ones(2, 1, 64, 64), head_camera(ANGLES[:2]), torch.eye(3)) == 1
 
 
 def test_nodding_lifts_cameras_in_front_and_keeps_their_distance():

@@ -119,8 +119,9 @@ def test_sides_are_held_with_the_bases_at_rest(avatar: Avatar, clip: Clip) -> No
     driving = lesson._driving(index, torch.Generator().manual_seed(5))
     expected = model.personalized.triplane + model.predictor(model.personalized.triplane, model.conditioner(driving)[:1], lesson.rest)
     torch.testing.assert_close(rest.planes, expected.planes, atol=1e-4, rtol=1e-4)
-    track, frames = clip.track, torch.arange(11)
-    mean = torch.cat([2 * track.blink, 20 * track.upper_face, 4 * track.head_pose, 4 * track.anchors[:, :2]], 1)[frames].mean(0)
+    assert model.conditioner.limits is not None
+    seen = model.conditioner.limits(clip.driving(torch.arange(11)))
+    mean = torch.cat([2 * seen.blink, 20 * seen.upper_face, 4 * seen.head_pose, 4 * seen.anchors[:, :2]], 1).mean(0)
     torch.testing.assert_close(lesson.rest[0, -10:], mean)
     assert lesson_of(avatar, clip, QUICK).sides is None and float(lesson.step(0)["sides"]) >= 0
 
@@ -221,14 +222,14 @@ def test_the_ear_learns_by_listening_and_then_stays_as_it_is(avatar: Avatar, cli
     assert all(before[name].equal(listened[name]) for name in before if name not in ear)
 
 
-def test_what_lids_brows_and_gaze_do_ends_above_the_lips(avatar: Avatar, clip: Clip) -> None:
+def test_bases_learn_only_where_they_may(avatar: Avatar, clip: Clip) -> None:
     lesson = Lesson(copy.deepcopy(avatar), clip, QUICK, num_frames=11, device="cpu", seed=0)
     for number in range(2):
         lesson.step(number)
-    near, mouths = lesson.avatar.predictor.near, lesson.avatar.config.conditioning.mouth_shapes
-    assert near is not None
-    below = (lesson.upper == 0).expand_as(near[0])
-    assert not near[mouths:, below].any() and near[mouths:, ~below].any() and near[:mouths, below].any()
+    for bases, share in zip((lesson.avatar.predictor.near, lesson.avatar.predictor.bases), lesson.reach, strict=True):
+        assert bases is not None
+        shut = (share == 0).expand_as(bases)
+        assert shut.any() and not bases[shut].any() and bases[~shut].any()
 
 
 def test_unusual_frames_are_drawn_as_often_as_asked(avatar: Avatar, clip: Clip) -> None:

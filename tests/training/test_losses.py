@@ -233,8 +233,8 @@ def test_hearing_losses_fall_when_taught_and_without_silence_there_is_no_such_te
 
 def test_mouths_of_one_sound_that_differ_as_the_head_turns_are_told_apart() -> None:
     errors = []
-    for mouth_turns in (False, True):
-        conditioner, heard = _listener(mouth_turns=mouth_turns)
+    for limits in (False, True):
+        conditioner, heard = _listener(limits=limits)
         same = replace(heard.audio, values=heard.audio.values[:1].expand(12, -1, -1))
         turned = MouthShapes(values=heard.head_pose[:, :2] * heard.head_pose[:, 1:], importance=heard.shapes.importance)
         heard = replace(heard, audio=same, shapes=turned, quiet=torch.tensor([], dtype=torch.long))
@@ -249,7 +249,7 @@ def test_mouths_of_one_sound_that_differ_as_the_head_turns_are_told_apart() -> N
 
 
 def test_with_noise_sounds_are_mixed_and_so_is_what_should_be_heard() -> None:
-    conditioner, heard = _listener(mouth_turns=True)
+    conditioner, heard = _listener(limits=True)
     assert conditioner.mouth_turned is not None
     torch.nn.init.normal_(conditioner.mouth_turned.alone.weight)
     mixed: list[torch.Tensor] = []

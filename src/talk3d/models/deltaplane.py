@@ -62,33 +62,33 @@ def face_window(axes: PlaneAxes, resolution: int) -> tuple[tuple[slice, slice], 
     return tuple((spans[row], spans[column]) for column, row in plane_axes(axes))
 
 
-ABOVE_LIPS = (-0.06, -0.02)
-"""Heights between which a face's upper part begins, in sides of the cube from its middle: over the lips, and under the nose."""
-ABOVE_CHIN = (-0.22, -0.18)
-"""The same of a head."""
+MOUTH = ((-0.12, 0.12), (-0.2, -0.03), (0.06, 0.6))
+"""Between which x, y, z lips move, in sides of the cube from its middle: down to below the chin, up to under the nose."""
+CHIN = -0.18
+"""Height below which a head's roll moves anything, in the same unit."""
+RAMP = 0.02
+"""Within which such shares rise from 0 to 1, in the same unit."""
 ROLL = 2
 """Which of the bases that are not near is the head's roll."""
 
 
-def shares_above(axes: PlaneAxes, heights: Float[Tensor, " s"], begin: tuple[float, float]) -> Float[Tensor, "3 1 s s"]:
-    """Return shares of cells, of these heights, above where something begins: 1 above it, 0 below, and 0 on planes that do not tell heights."""
-    side, (low, high) = len(heights), begin
-    share = ((heights - low) / (high - low)).clamp(0, 1)
-    by_axis = {(1, 0): share.expand(side, side), (0, 1): share[:, None].expand(side, side)}  # y along columns, along rows
-    return torch.stack([by_axis.get((int(column == 1), int(row == 1)), torch.zeros(side, side)) for column, row in plane_axes(axes)])[:, None]
-
-
 def bases_reach(config: DeltaplaneConfig, mouth_shapes: int) -> tuple[Float[Tensor, "n 3 1 s s"], Float[Tensor, "m 3 1 s s"]]:
-    """Return shares of the cells in which near and other bases may learn.
+    """Return shares of the cells in which near and other bases may learn; a plane that does not tell heights may learn anywhere.
 
-    What lids, brows and gaze do ends above the lips, and what a head's roll does begins below the chin: the camera turns the head itself.
+    What lids, brows and gaze do leaves the mouth alone, and what a head's roll does begins below the chin: the camera turns the head itself.
     """
-    side = config.plane_resolution // 2
+    side, axes = config.plane_resolution // 2, plane_axes(config.plane_axes)
     cells = torch.arange(side) + 0.5
-    in_window = (cells + round((WINDOW_CENTRE[1] + 0.25) * config.plane_resolution)) / config.plane_resolution - 0.5
+    in_window = [(cells + round((centre + 0.25) * config.plane_resolution)) / config.plane_resolution - 0.5 for centre in WINDOW_CENTRE]
+    mouth = [((x - low) / RAMP).clamp(0, 1) * ((high - x) / RAMP).clamp(0, 1) for x, (low, high) in zip(in_window, MOUTH, strict=True)]
+    below = ((CHIN - (cells / side - 0.5)) / RAMP).clamp(0, 1)
+    every = torch.ones(side)
+    low = [every, below, every]  # by x, y, z
     near, others = (torch.ones(count, 3, 1, side, side) for count in (config.num_near, config.num_bases))
-    near[mouth_shapes:] = shares_above(config.plane_axes, in_window, ABOVE_LIPS)
-    others[ROLL : ROLL + 1] -= shares_above(config.plane_axes, cells / side - 0.5, ABOVE_CHIN)
+    for plane, (column, row) in enumerate(axes):
+        if 1 in (column, row):
+            near[mouth_shapes:, plane] = 1 - mouth[row][:, None] * mouth[column]
+            others[ROLL : ROLL + 1, plane] = low[row][:, None] * low[column]
     return near, others
 
 
@@ -289,6 +289,12 @@ class DeltaplanePredictor(nn.Module):
         """Return the linear bases' part of the deltaplane of these weights: zero where there are none."""
         side = self.config.plane_resolution // 2
         return self._with_bases(self.scale.new_zeros(len(coefficients), 3, self.config.plane_channels, side, side), coefficients)
+
+    def confine_gradients(self, reach: tuple[Float[Tensor, "n 3 1 s s"], Float[Tensor, "m 3 1 s s"]]) -> None:
+        """Leave near and other bases gradients only where they may learn, see `bases_reach`."""
+        for bases, share in zip((self.near, self.bases), reach, strict=True):
+            if bases is not None and bases.grad is not None:
+                bases.grad *= share
 
     def _with_bases(self, x: Float[Tensor, "b 3 c h w"], coefficients: Float[Tensor, "b m"] | None) -> Triplane:
         """Add the linear bases to what is painted at half the planes' resolution, in units of the identity planes."""

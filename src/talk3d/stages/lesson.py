@@ -179,7 +179,7 @@ class Lesson:
         self.run_length = NUM_FRAMES if config.weights.sync else 2 if config.weights.temporal else 1
         self.chances = run_chances(chances, self.run_length, clip.check.get("cuts", ()))
         near, reach = avatar.predictor.near, bases_reach(avatar.config.deltaplane, avatar.config.conditioning.mouth_shapes)
-        self.reach = [share.to(device) for share in reach]
+        self.reach = tuple(share.to(device) for share in reach)
         self.ear = avatar.conditioner.ear().requires_grad_(False)
         others = [part for part in [*avatar.conditioner.parameters(), *avatar.predictor.parameters()] if part.requires_grad and part is not near]
         identity_rate = config.identity_rate * float(avatar.predictor.scale)
@@ -269,9 +269,7 @@ class Lesson:
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * scale
         terms = self._find_gradients(self._draw())
-        for bases, share in zip((self.avatar.predictor.near, self.avatar.predictor.bases), self.reach, strict=True):
-            if bases is not None and bases.grad is not None:
-                bases.grad *= share
+        self.avatar.predictor.confine_gradients(self.reach)
         nn.utils.clip_grad_norm_(self.avatar.parameters(), 1.0)
         self.optimizer.step()
         self.average.update(self.avatar, number)
