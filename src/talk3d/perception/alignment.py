@@ -312,7 +312,8 @@ class _Alignment:
         shown, seen = values[:, 0], facing > 0.1
         known = torch.cat([torch.ones(len(frames), 1), self.turned[frames]], 1)
         doubt = torch.diag(torch.tensor([1e-3, *self.turned.shape[1] * (SHADE_DOUBT,)]))
-        error = shown - self.look - self.turned[frames] @ self.shades
+        found = torch.cat([self.look[None], self.shades])
+        error = shown - known @ found
         for _ in range(3):
             weight = seen * huber_weight(error.abs() * self.weight.sqrt(), torch.tensor(1.5))
             normal = torch.einsum("fk,fn,fl->nkl", known, weight, known) + doubt

@@ -6,6 +6,8 @@ cameras, hair, ears and neck included.
 """
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -61,13 +63,11 @@ def find_nod(prior: Prior, image: Float[Tensor, "k 3 h w"], alpha: Float[Tensor,
         cameras: right but for a constant nod.
     """
     level, shown = level_views(image, alpha, cameras)
-    found = minimize_scalar(
-        lambda angle: _strangeness(prior, shown, nodded(level, angle), SIDE),
-        bounds=(-MOST_RAD, MOST_RAD),
-        method="bounded",
-        options={"xatol": math.radians(0.3)},
-    )
-    return _belief(found.fun) * SHARE * float(found.x)
+
+    def error(angle: float) -> float:
+        return _strangeness(prior, shown, nodded(level, angle), SIDE)
+
+    return SHARE * _likeliest(error, MOST_RAD, math.radians(0.3), 0.0)
 
 
 def find_turns(
@@ -90,8 +90,13 @@ def find_turns(
         level, shown = level_views(image, alpha, Camera(cam2world=wider, intrinsics=cameras.intrinsics))
         return _strangeness(prior, shown, level, TURNS_SIDE)
 
-    found = minimize_scalar(error, bounds=(-MOST_STRETCH, MOST_STRETCH), method="bounded", options={"xatol": 0.01})
-    return math.exp(_belief(found.fun) * (float(found.x) - TURNS_BIAS))
+    return math.exp(_likeliest(error, MOST_STRETCH, 0.01, TURNS_BIAS))
+
+
+def _likeliest(error: Callable[[float], float], most: float, tolerance: float, bias: float) -> float:
+    """Where the error is least, within `most` of zero and less the bias, as far as an error so large is believed."""
+    found: Any = minimize_scalar(error, bounds=(-most, most), method="bounded", options={"xatol": tolerance})
+    return _belief(float(found.fun)) * (float(found.x) - bias)
 
 
 def _strangeness(prior: Prior, shown: Float[Tensor, "k 4 h w"], cameras: Camera, side: int) -> float:

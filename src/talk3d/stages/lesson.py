@@ -178,8 +178,8 @@ class Lesson:
         chances = torch.lerp(torch.full((num_frames,), 1 / num_frames), seldom, config.unusual_frames)
         self.run_length = NUM_FRAMES if config.weights.sync else 2 if config.weights.temporal else 1
         self.chances = run_chances(chances, self.run_length, clip.check.get("cuts", ()))
-        near, reach = avatar.predictor.near, bases_reach(avatar.config.deltaplane, avatar.config.conditioning.mouth_shapes)
-        self.reach = tuple(share.to(device) for share in reach)
+        near, (lips, rolls) = avatar.predictor.near, bases_reach(avatar.config.deltaplane, avatar.config.conditioning.mouth_shapes)
+        self.reach = lips.to(device), rolls.to(device)
         self.ear = avatar.conditioner.ear().requires_grad_(False)
         others = [part for part in [*avatar.conditioner.parameters(), *avatar.predictor.parameters()] if part.requires_grad and part is not near]
         identity_rate = config.identity_rate * float(avatar.predictor.scale)

@@ -150,26 +150,21 @@ def track(
     review(check)
     faces = replace(faces, landmarks=correct_lips(faces.landmarks, model.kind))  # pose and measures are made for points as networks give them
     crop = crop_maps(motion, size, config.size_px)
-    face_track = _face_track(faces, brows, motion, crop, size, config.size_px)
+    locate = partial(_face_track, faces, brows, crop=crop, size=size, crop_px=config.size_px)
     num_training = num_frames - min(round(config.held_out_s * config.fps), num_frames // 5)
-    frames, masks, wide = write_crops(scan, faces.start, crop, face_track, num_training, config.size_px, parser, progress)
-    prior = load_prior()
-    motion = nod_head_space(motion, nod := find_nod(prior, *_seen_views(face_track, frames, masks, NUM_VIEWS)))  # about the middle of the crops
-    face_track = _face_track(faces, brows, motion, crop, size, config.size_px)
-    middle = mean_rotation(motion.rotation)
-    motion = widen_head_turns(motion, turns := find_turns(prior, *_seen_views(face_track, frames, masks, TURNS_VIEWS), middle))
-    face_track = _face_track(faces, brows, motion, crop, size, config.size_px)
+    frames, masks, wide = write_crops(scan, faces.start, crop, locate(motion), num_training, config.size_px, parser, progress)
+    motion, constants = _as_the_prior_sees(motion, locate, frames, masks)  # about the face, so that crops stay
     return Clip(
         frames=frames,
         fps=config.fps,
         waveform=sound,
         audio=encoder(sound, num_frames, config.fps),
-        track=face_track,
+        track=locate(motion),
         masks=masks,
         source=str(Path(video).resolve()),
         source_sha256=sha256_of(Path(video)),
         num_training_frames=num_training,
-        check={**check, "smoothing": dict(motion.smoothing), "nod_deg": round(math.degrees(nod), 2), "turns": round(turns, 3)},
+        check={**check, "smoothing": dict(motion.smoothing), **constants},
         wide=wide,
     )
 
@@ -315,6 +310,17 @@ def _face_track(faces: Faces, brows: Tensor, motion: HeadMotion, crop: np.ndarra
         confidence=(faces.score * faces.seen)[:, None].float(),
         crop=crop,
     )
+
+
+def _as_the_prior_sees(
+    motion: HeadMotion, locate: Callable[[HeadMotion], FaceTrack], frames: np.ndarray, masks: FaceMasks
+) -> tuple[HeadMotion, dict[str, float]]:
+    """Nod the head and let it turn as far as it looks most like what the builtin prior guesses of it; return what was changed, too."""
+    prior = load_prior()
+    motion = nod_head_space(motion, nod := find_nod(prior, *_seen_views(locate(motion), frames, masks, NUM_VIEWS)))
+    middle = mean_rotation(motion.rotation)
+    motion = widen_head_turns(motion, turns := find_turns(prior, *_seen_views(locate(motion), frames, masks, TURNS_VIEWS), middle))
+    return motion, {"nod_deg": round(math.degrees(nod), 2), "turns": round(turns, 3)}
 
 
 def _seen_views(face_track: FaceTrack, frames: np.ndarray, masks: FaceMasks, count: int) -> tuple[Tensor, Tensor, Camera]:
