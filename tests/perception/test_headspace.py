@@ -13,7 +13,16 @@ from talk3d.errors import WeightsError
 from talk3d.io.weights import load_prior
 from talk3d.models.avatar import Prior
 from talk3d.models.generator import TriplaneGenerator
-from talk3d.ops.geometry import FACE_MIDDLE, fit_similarity, head_camera, project, rotation_from_vector, vector_from_rotation, view_angles
+from talk3d.ops.geometry import (
+    FACE_MIDDLE,
+    fit_similarity,
+    head_camera,
+    mean_rotation,
+    project,
+    rotation_from_vector,
+    vector_from_rotation,
+    view_angles,
+)
 from talk3d.perception import headspace
 from talk3d.perception.facetemplate import FaceTemplate, load_template, place_shape
 from talk3d.perception.headpose import RIGID_POINTS, HeadMotion
@@ -102,7 +111,7 @@ def test_nodding_head_space_lifts_the_cameras_and_changes_nothing_that_they_see(
 
 def test_widened_turns_are_so_many_times_as_far_and_the_face_stays_where_it_is_seen():
     _, motion, _ = moving()
-    wider = widen_head_turns(motion, 1.1)
+    wider = widen_head_turns(motion, 1.1, mean_rotation(motion.rotation))
     yaw, before = (view_angles(m.rotation.mT)[:, 0] for m in (wider, motion))
     assert float(yaw.std() / before.std()) == pytest.approx(1.1, abs=0.01)
     face = torch.tensor([FACE_MIDDLE], dtype=torch.float64)

@@ -156,6 +156,11 @@ class Limits(nn.Module):
         return replace(driving, head_pose=head_pose, upper_face=upper_face)
 
 
+def quadratic(angles: Float[Tensor, "n 3"]) -> Float[Tensor, "n 9"]:
+    """Return the terms of a quadratic in three angles: these, their squares, their products in pairs."""
+    return torch.cat([angles, angles.square(), angles * angles.roll(1, 1)], 1)
+
+
 class TurnedMouth(nn.Module):
     """What the mouth's components owe to how the head is turned, by itself and together with what is heard.
 
@@ -177,8 +182,7 @@ class TurnedMouth(nn.Module):
             token: the audio's.
             turn: of the head, -1 and 1 at the limits of what was learnt from.
         """
-        squares = torch.cat([turn, turn.square(), turn * turn.roll(1, 1)], 1)
-        return self.alone(squares) + self.together(torch.cat([token, turn], 1))
+        return self.alone(quadratic(turn)) + self.together(torch.cat([token, turn], 1))
 
 
 class Conditioner(nn.Module):

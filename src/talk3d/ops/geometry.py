@@ -105,7 +105,8 @@ def move_camera(camera: Camera, scale: float, turn: Float[Tensor, "3 3"], shift:
 def mean_rotation(rotation: Float[Tensor, "b 3 3"]) -> Float[Tensor, "3 3"]:
     """Return the rotation nearest to all of these, by least squares of matrices."""
     u, _, vt = torch.linalg.svd(rotation.mean(0))
-    return u @ torch.diag(torch.stack([torch.ones_like(vt[0, 0]), torch.ones_like(vt[0, 0]), torch.linalg.det(u @ vt)])) @ vt
+    u[:, -1] *= torch.linalg.det(u @ vt).sign()
+    return u @ vt
 
 
 def widen_turns(cam2world: Float[Tensor, "b 4 4"], factor: float, middle: Float[Tensor, "3 3"]) -> Float[Tensor, "b 4 4"]:

@@ -225,7 +225,8 @@ class _Alignment:
         self.rotation, self.translation = motion.rotation.float(), motion.translation.float()
         self.drawn = torch.zeros(len(self.rotation), self.surface.lifts.shape[-1])
         self.first = self.drawn.clone()
-        self.turned = torch.zeros(len(self.rotation), 5)
+        self.turned = torch.cat([torch.ones(len(self.rotation), 1), torch.zeros(len(self.rotation), 5)], 1)
+        """What looks may follow: 1, and the terms of a quadratic in the head's turns, t 6."""
         self._forget()
 
     def run(self) -> HeadMotion:
@@ -269,7 +270,7 @@ class _Alignment:
 
     def _forget(self) -> None:
         count = len(self.surface.points)
-        self.look, self.shades, self.weight = torch.zeros(count), torch.zeros(self.turned.shape[1], count), torch.ones(count)
+        self.look, self.weight = torch.zeros(self.turned.shape[1], count), torch.ones(count)
 
     def _turns_seen(self, frames: Tensor) -> float:
         """How large turns to the side look to the skin against the face points, which follow them well: too deep a surface makes them small."""
@@ -289,45 +290,44 @@ class _Alignment:
         inside = (grid.abs() < 0.97).all(-1)
         return values, local, ((facing - 0.3) / 0.3).clamp(0, 1) * inside
 
-    def _update_look(self, frames: Tensor) -> None:
-        """Median look of each point, and less weight for points that change."""
+    def _shown(self, frames: Tensor) -> tuple[Tensor, Tensor]:
+        """What these frames show at the surface's points, and which points they show; b n."""
         pictures, squares = self.views.read(self.pictures[frames])
         values, _, facing = self._sample(pictures, squares, self.rotation[frames], self.translation[frames], self.drawn[frames])
-        shown = torch.where(facing > 0.1, values[:, 0], torch.nan)
-        self.look = shown.nanmedian(0).values.nan_to_num()
-        self._weigh(shown - self.look)
+        return values[:, 0], facing > 0.1
 
-    def _weigh(self, error: Tensor) -> None:
-        spread = 1.48 * error.abs().nanmedian(0).values.nan_to_num(1e3)
+    def _update_look(self, frames: Tensor) -> None:
+        """Median look of each point, and less weight for points that change."""
+        shown, seen = self._shown(frames)
+        self.look[0] = torch.where(seen, shown, torch.nan).nanmedian(0).values.nan_to_num()
+        self._weigh(shown - self.look[0], seen)
+
+    def _weigh(self, error: Tensor, seen: Tensor) -> None:
+        spread = 1.48 * torch.where(seen, error.abs(), torch.nan).nanmedian(0).values.nan_to_num(1e3)
         self.weight = 1 / (spread.square() + NOISE**2)
 
     def _update_shades(self) -> None:
         """How each point's look follows the turn of the head, a quadratic, by robust least squares, and less weight for points that change else."""
         turn = vector_from_rotation(self.rotation @ self.rotation[len(self.rotation) // 2].mT)[:, :2]
         turn = ((turn - turn.mean(0)) / turn.std(0).clamp(min=LIVELY_RAD)).clamp(-MOST_TURNED, MOST_TURNED)
-        self.turned = torch.cat([turn, turn.square(), turn.prod(1, keepdim=True)], 1)
+        self.turned[:, 1:] = torch.cat([turn, turn.square(), turn.prod(1, keepdim=True)], 1)
         frames = self._few(NUM_SHADED)
-        pictures, squares = self.views.read(self.pictures[frames])
-        values, _, facing = self._sample(pictures, squares, self.rotation[frames], self.translation[frames], self.drawn[frames])
-        shown, seen = values[:, 0], facing > 0.1
-        known = torch.cat([torch.ones(len(frames), 1), self.turned[frames]], 1)
-        doubt = torch.diag(torch.tensor([1e-3, *self.turned.shape[1] * (SHADE_DOUBT,)]))
-        found = torch.cat([self.look[None], self.shades])
-        error = shown - known @ found
+        (shown, seen), known = self._shown(frames), self.turned[frames]
+        doubt = torch.diag(torch.tensor([1e-3, *5 * (SHADE_DOUBT,)]))
+        error = shown - known @ self.look
         for _ in range(3):
             weight = seen * huber_weight(error.abs() * self.weight.sqrt(), torch.tensor(1.5))
             normal = torch.einsum("fk,fn,fl->nkl", known, weight, known) + doubt
-            found = torch.linalg.solve(normal, torch.einsum("fk,fn->nk", known, weight * shown)[..., None])[..., 0].mT
-            error = shown - known @ found
-        self.look, self.shades = found[0], found[1:]
-        self._weigh(torch.where(seen, error, torch.nan))
+            self.look = torch.linalg.solve(normal, torch.einsum("fk,fn->nk", known, weight * shown)[..., None])[..., 0].mT
+            error = shown - known @ self.look
+        self._weigh(error, seen)
 
     def _refine(self, frames: Tensor, num_steps: int) -> None:
         """Gauss-Newton on each frame's pose and what is drawn up, held to the pose of the face points and to skin at rest."""
         pictures, squares = self.views.read(self.pictures[frames])
         first_rotation, first_translation = self.motion.rotation[frames].float(), self.motion.translation[frames].float()
         rotation, translation, drawn = self.rotation[frames], self.translation[frames], self.drawn[frames]
-        expected = self.look + self.turned[frames] @ self.shades
+        expected = self.turned[frames] @ self.look
         for _ in range(num_steps):
             values, local, facing = self._sample(pictures, squares, rotation, translation, drawn)
             error = values[:, 0] - expected

@@ -20,7 +20,6 @@ from talk3d.ops.geometry import (
     HEAD_PIVOT,
     fit_similarity,
     head_camera,
-    mean_rotation,
     rotation_from_vector,
     vector_from_rotation,
     widen_turns,
@@ -96,9 +95,9 @@ def nod_head_space(motion: HeadMotion, angle_rad: float) -> HeadMotion:
     return replace(motion, rotation=rotation, translation=motion.translation + motion.rotation @ pivot - rotation @ pivot, shape=shape, face=face)
 
 
-def widen_head_turns(motion: HeadMotion, factor: float) -> HeadMotion:
+def widen_head_turns(motion: HeadMotion, factor: float, middle: Float[Tensor, "3 3"]) -> HeadMotion:
     """Let the head turn so many times as far through the whole clip, from the middle of its turns (`widen_turns`)."""
-    cam2world = widen_turns(motion.cam2world(), factor, mean_rotation(motion.rotation))
+    cam2world = widen_turns(motion.cam2world(), factor, middle)
     rotation = cam2world[:, :3, :3].mT
     return replace(motion, rotation=rotation, translation=-(rotation @ cam2world[:, :3, 3:])[..., 0])
 

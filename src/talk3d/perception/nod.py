@@ -94,9 +94,10 @@ def find_turns(
 
 
 def _likeliest(error: Callable[[float], float], most: float, tolerance: float, bias: float) -> float:
-    """Where the error is least, within `most` of zero and less the bias, as far as an error so large is believed."""
+    """Where the error is least, within `most` of zero and less the bias, as far as the prior knows a person whose guess errs so much."""
     found: Any = minimize_scalar(error, bounds=(-most, most), method="bounded", options={"xatol": tolerance})
-    return _belief(float(found.fun)) * (float(found.x) - bias)
+    known = min(max((STRANGE - float(found.fun)) / (STRANGE - KNOWN), 0.0), 1.0)
+    return known * (float(found.x) - bias)
 
 
 def _strangeness(prior: Prior, shown: Float[Tensor, "k 4 h w"], cameras: Camera, side: int) -> float:
@@ -110,11 +111,6 @@ def _strangeness(prior: Prior, shown: Float[Tensor, "k 4 h w"], cameras: Camera,
         planes = Triplane(planes=painted.planes.expand(len(cameras), -1, -1, -1, -1), axes=painted.axes)
         features = generator.render_rays(planes, generator.rays(cameras, side))[0][..., :3].mT.unflatten(2, (side, side))  # k 3 s s
         return float((2 * features - 1 - resize_to(shown[:, :3], side)).abs().mean())
-
-
-def _belief(error: float) -> float:
-    """How well the prior knows a person whose guess errs so much: 0 … 1."""
-    return min(max((STRANGE - error) / (STRANGE - KNOWN), 0.0), 1.0)
 
 
 def level_views(image: Float[Tensor, "k 3 h w"], alpha: Float[Tensor, "k 1 h w"], cameras: Camera) -> tuple[Camera, Float[Tensor, "k 4 h w"]]:

@@ -319,8 +319,8 @@ def _as_the_prior_sees(
     prior = load_prior()
     motion = nod_head_space(motion, nod := find_nod(prior, *_seen_views(locate(motion), frames, masks, NUM_VIEWS)))
     middle = mean_rotation(motion.rotation)
-    motion = widen_head_turns(motion, turns := find_turns(prior, *_seen_views(locate(motion), frames, masks, TURNS_VIEWS), middle))
-    return motion, {"nod_deg": round(math.degrees(nod), 2), "turns": round(turns, 3)}
+    turns = find_turns(prior, *_seen_views(locate(motion), frames, masks, TURNS_VIEWS), middle)
+    return widen_head_turns(motion, turns, middle), {"nod_deg": round(math.degrees(nod), 2), "turns": round(turns, 3)}
 
 
 def _seen_views(face_track: FaceTrack, frames: np.ndarray, masks: FaceMasks, count: int) -> tuple[Tensor, Tensor, Camera]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from talk3d.errors import ConfigError
 from talk3d.models.avatar import PersonalizedGenerator
-from talk3d.models.conditioning import Conditioner
+from talk3d.models.conditioning import Conditioner, quadratic
 from talk3d.models.renderer import TriplaneRenderer
 from talk3d.models.stylegan2 import resize_to
 from talk3d.ops.compositing import premultiply
@@ -276,7 +276,7 @@ def _without_pose(values: Float[Tensor, "t c"], head_pose: Float[Tensor, "t 3"],
     """
     learnt = slice(0, num_learnt)
     angles = (head_pose - head_pose[learnt].mean(0)) / head_pose[learnt].std(0, correction=0).clamp(min=1e-3)
-    terms = torch.cat([angles, angles.square(), angles * angles.roll(1, 1)], 1)
+    terms = quadratic(angles)
     terms, values = terms - terms[learnt].mean(0), values - values[learnt].mean(0)
     known, ridge = terms[learnt], 0.01 * torch.eye(terms.shape[1])
     return values - terms @ torch.linalg.solve(known.mT @ known + ridge, known.mT @ values[learnt])
