@@ -1,10 +1,11 @@
-"""Rotations, cameras on a sphere round the head, and the rigid motions between point sets, in torch. Imports nothing above `types`."""
+"""Rotations, cameras on a sphere round the head, rigid motions between point sets, and outlines. Imports nothing above `types`."""
 
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from talk3d.types import Camera
@@ -241,3 +242,14 @@ def fit_similarity(
     scale = (singular * sign).sum(-1) / (w * a.square()).sum((-2, -1)) if with_scale else torch.ones_like(singular[..., 0])
     shift = target_mean.squeeze(-2) - scale[..., None] * (rotation @ source_mean.mT).squeeze(-1)
     return scale, rotation, shift
+
+
+def inside_outline(points: Float[np.ndarray, "n 2"], outline: Float[np.ndarray, "k 2"]) -> Bool[np.ndarray, " n"]:
+    """Say which points lie inside a closed outline (even-odd rule)."""
+    inside = np.zeros(len(points), bool)
+    for start, end in zip(outline, np.roll(outline, -1, 0), strict=True):
+        crosses = (start[1] > points[:, 1]) != (end[1] > points[:, 1])
+        with np.errstate(divide="ignore", invalid="ignore"):
+            at = start[0] + (points[:, 1] - start[1]) * (end[0] - start[0]) / (end[1] - start[1])
+        inside ^= crosses & (points[:, 0] < at)
+    return inside

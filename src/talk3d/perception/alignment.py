@@ -4,6 +4,8 @@ Face networks follow a nodding head only in part, and differently for each perso
 the person's points, and its pose corrected until the skin agrees with the mean of many frames (Gauss-Newton on six numbers, robust). Light stays
 while heads turn, so the mean, a second time round, follows the turn of the head.
 
+Once crops are cut and the prior has guessed the head's shape, hair and ears are followed as well: no expression moves them.
+
 Brows are followed in the same way, on a head whose pose is known by then: how far they are drawn up.
 
 Reference: Baker and Matthews, Lucas-Kanade 20 years on, IJCV 2004.
@@ -15,13 +17,13 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from PIL import Image
 from scipy.interpolate import LinearNDInterpolator
 from scipy.ndimage import uniform_filter
 from torch import Tensor
 
-from talk3d.ops.geometry import rotation_from_vector, vector_from_rotation
+from talk3d.ops.geometry import inside_outline, rotation_from_vector, vector_from_rotation
 from talk3d.perception.facetemplate import huber_weight
 from talk3d.perception.headpose import HeadMotion
 from talk3d.perception.landmarks import BROWS, LEFT_EYE_CORNERS, RIGHT_EYE_CORNERS
@@ -44,7 +46,10 @@ MOVING_PARTS = (
     (300, 293, 334, 296, 336, 285, 417, 465, 453, 452, 451, 450, 449, 448, 261, 446, 265, 353, 276),
 )
 """Outlines of brow, lids and eye on either side, which are left out."""
-
+FACE_OUTLINE = (10, 338, 297, 332, 284, 251, 389, 356, 454, 323, 361, 288, 397, 365, 379, 378, 400, 377)
+FACE_OUTLINE += (152, 148, 176, 149, 150, 136, 172, 58, 132, 93, 234, 127, 162, 21, 54, 103, 67, 109)
+NOSE_TIP = 1
+"""Outside the face and above this, hair and ears move with the head alone."""
 
 BROW_POINTS = (105, 66, 107, 336, 296, 334)
 """On the upper rim of the brows."""
@@ -110,14 +115,36 @@ class FaceViews:
         pictures = []
         for index in indices.tolist():
             self._file.seek(index * SIDE_PX**2)
-            grey = np.frombuffer(self._file.read(SIDE_PX**2), np.uint8).reshape(SIDE_PX, SIDE_PX).astype(np.float32)
-            window = SIDE_PX // 14
-            mean = uniform_filter(grey, window, mode="nearest")
-            spread = uniform_filter(grey * grey, window, mode="nearest") - mean * mean
-            pictures.append((grey - mean) / np.sqrt(np.maximum(spread, 0) + 16.0))
-        contrast = torch.from_numpy(np.stack(pictures))
-        down, right = torch.gradient(contrast, dim=(1, 2))
-        return torch.stack([contrast, right, down], 1), torch.tensor([self._squares[index] for index in indices.tolist()])
+            pictures.append(np.frombuffer(self._file.read(SIDE_PX**2), np.uint8).reshape(SIDE_PX, SIDE_PX))
+        return _contrasts(pictures, SIDE_PX // 14), torch.tensor([self._squares[index] for index in indices.tolist()])
+
+
+class CropViews:
+    """A clip's crops, and where they lie in the source pictures."""
+
+    def __init__(self, frames: UInt8[np.ndarray, "t s s 3"], crop: Float[np.ndarray, "t 2 3"]) -> None:
+        """`crop`: the map of every frame from source px to crop px, without rotation."""
+        self._frames = frames
+        side = frames.shape[1] / crop[:, :1, 0]
+        self._squares = torch.from_numpy(np.concatenate([-crop[:, :, 2] / crop[:, :1, 0], side], 1)).float()
+
+    def read(self, indices: Int[Tensor, " b"]) -> tuple[Float[Tensor, "b 3 s s"], Float[Tensor, "b 3"]]:
+        """Pictures and squares as those of `FaceViews`."""
+        pictures = [np.asarray(Image.fromarray(self._frames[index]).convert("L")) for index in indices.tolist()]
+        return _contrasts(pictures, self._frames.shape[1] // 25), self._squares[indices]
+
+
+def _contrasts(pictures: list[UInt8[np.ndarray, "s s"]], window: int) -> Float[Tensor, "b 3 s s"]:
+    """Local contrast of grey pictures, with its slopes to the right and down."""
+    contrasts = []
+    for picture in pictures:
+        grey = picture.astype(np.float32)
+        mean = uniform_filter(grey, window, mode="nearest")
+        spread = uniform_filter(grey * grey, window, mode="nearest") - mean * mean
+        contrasts.append((grey - mean) / np.sqrt(np.maximum(spread, 0) + 16.0))
+    contrast = torch.from_numpy(np.stack(contrasts))
+    down, right = torch.gradient(contrast, dim=(1, 2))
+    return torch.stack([contrast, right, down], 1)
 
 
 class Surface:
@@ -134,10 +161,16 @@ class Surface:
     def rigid(cls, face: Float[Tensor, "p 3"], relief: float = RELIEF) -> "Surface":
         """Return what neither jaw nor lips move, on a face with its depth times `relief`; four lifts, see `_lifts`."""
         points, normals = _laid(face, relief)
-        grid, flat = points[:, :2].numpy(), face[:, :2].numpy()
-        fixed, moving = (np.any([_inside(grid, flat[list(part)]) for part in parts], 0) for parts in (FIXED_PARTS, MOVING_PARTS))
-        kept = torch.from_numpy(fixed & ~moving)
+        kept = _within(points, face, FIXED_PARTS) & ~_within(points, face, MOVING_PARTS)
         return cls(points[kept], normals[kept], _lifts(points[kept], face.float()))
+
+    @classmethod
+    def head(cls, points: Float[Tensor, "n 3"], normals: Float[Tensor, "n 3"], face: Float[Tensor, "p 3"]) -> "Surface":
+        """Return what neither jaw nor lips move, and hair and ears, of a head of known shape; the lifts of `rigid`, outside the face none."""
+        inside = _within(points, face, (FACE_OUTLINE,))
+        still = _within(points, face, FIXED_PARTS) & ~_within(points, face, MOVING_PARTS)
+        kept = still | (~inside & (points[:, 1] > float(face[NOSE_TIP, 1])))
+        return cls(points[kept], normals[kept], _lifts(points[kept], face.float()) * inside[kept, None])
 
     @classmethod
     def brows(cls, face: Float[Tensor, "p 3"]) -> "Surface":
@@ -148,7 +181,7 @@ class Surface:
         for brow in BROWS:
             upper, lower = np.split(face[list(brow), :2].numpy(), 2)  # rims, both from the outer end
             outlines.append(np.concatenate([upper + np.array([0, above]), lower[::-1] - np.array([0, below])]))
-        sides = torch.from_numpy(np.stack([_inside(points[:, :2].numpy(), outline) for outline in outlines], -1))
+        sides = torch.from_numpy(np.stack([inside_outline(points[:, :2].numpy(), outline) for outline in outlines], -1))
         kept = sides.any(-1)
         return cls(points[kept], normals[kept], sides[kept].float())
 
@@ -183,21 +216,28 @@ def _lifts(points: Float[Tensor, "n 3"], face: Float[Tensor, "p 3"]) -> Float[Te
     return torch.stack([low, low * side, high, cheeks], -1)
 
 
-def refine_motion(motion: HeadMotion, views: FaceViews, pictures: Int[Tensor, " t"], image_size: tuple[int, int]) -> HeadMotion:
-    """Correct each frame's pose until the rigid parts of the face look as in all other frames.
+def refine_motion(
+    motion: HeadMotion,
+    views: FaceViews | CropViews,
+    pictures: Int[Tensor, " t"],
+    image_size: tuple[int, int],
+    surface: Surface | None = None,
+) -> HeadMotion:
+    """Correct each frame's pose until the rigid parts of the head look as in all other frames.
 
     Args:
-        motion: from the face points.
+        motion: where to begin.
         views: of the face.
         pictures: under which number each frame of the motion is in `views`.
         image_size: width, height of the source picture, px.
+        surface: of the head; None takes that of the face's points, and finds how deep it is.
     """
     trust = (*TRUST, BROW_TRUST, ONE_BROW_TRUST, BROW_TRUST, CHEEK_TRUST)
-    return _Alignment(motion, views, pictures, image_size, Surface.rigid(motion.face), trust).run()
+    return _Alignment(motion, views, pictures, image_size, surface or Surface.rigid(motion.face), trust).run(surface is None)
 
 
 def refine_brows(
-    lift: Float[Tensor, "t 2"], motion: HeadMotion, views: FaceViews, pictures: Int[Tensor, " t"], image_size: tuple[int, int]
+    lift: Float[Tensor, "t 2"], motion: HeadMotion, views: FaceViews | CropViews, pictures: Int[Tensor, " t"], image_size: tuple[int, int]
 ) -> Float[Tensor, "t 2"]:
     """Correct how far the right and the left brow are drawn up until they look as in all other frames.
 
@@ -218,7 +258,13 @@ class _Alignment:
     """The mean look of the surface, and how well each point keeps it."""
 
     def __init__(
-        self, motion: HeadMotion, views: FaceViews, pictures: Tensor, image_size: tuple[int, int], surface: Surface, trust: tuple[float, ...]
+        self,
+        motion: HeadMotion,
+        views: FaceViews | CropViews,
+        pictures: Tensor,
+        image_size: tuple[int, int],
+        surface: Surface,
+        trust: tuple[float, ...],
     ) -> None:
         self.motion, self.views, self.pictures, self.surface = motion, views, pictures, surface
         self.centre, self.trust = torch.tensor(image_size) / 2, torch.tensor(trust).pow(-2)
@@ -229,11 +275,12 @@ class _Alignment:
         """What looks may follow: 1, and the terms of a quadratic in the head's turns, t 6."""
         self._forget()
 
-    def run(self) -> HeadMotion:
-        """Find the poses."""
+    def run(self, deepen: bool) -> HeadMotion:
+        """Find the poses; first how deep the surface is, if asked to."""
         few = self._few()
-        self._settle(few)
-        self.surface = Surface.rigid(self.motion.face, RELIEF * self._turns_seen(few))
+        if deepen:
+            self._settle(few)
+            self.surface = Surface.rigid(self.motion.face, RELIEF * self._turns_seen(few))
         self._refine_all(few)
         return replace(self.motion, rotation=self.rotation.double(), translation=self.translation.double())
 
@@ -332,7 +379,7 @@ class _Alignment:
             values, local, facing = self._sample(pictures, squares, rotation, translation, drawn)
             error = values[:, 0] - expected
             weight = INDEPENDENT * self.weight * facing * huber_weight(error.abs() * self.weight.sqrt(), torch.tensor(1.5))
-            slope = values[:, 1:].mT * (self.motion.focal_px * SIDE_PX / squares[:, 2])[:, None, None] / local[..., 2:]  # b n 2
+            slope = values[:, 1:].mT * (self.motion.focal_px * pictures.shape[-1] / squares[:, 2])[:, None, None] / local[..., 2:]  # b n 2
             by_place = torch.cat([slope, -(slope * local[..., :2] / local[..., 2:]).sum(-1, keepdim=True)], -1)
             by_turn = torch.cross(local - translation[:, None], by_place, dim=-1)
             by_lifts = torch.einsum("bni,nil->bnl", by_place @ rotation, self.surface.lifts)
@@ -346,12 +393,7 @@ class _Alignment:
         self.rotation[frames], self.translation[frames], self.drawn[frames] = rotation, translation, drawn
 
 
-def _inside(points: np.ndarray, outline: np.ndarray) -> np.ndarray:
-    """Which points lie inside a closed outline (even-odd rule)."""
-    inside = np.zeros(len(points), bool)
-    for start, end in zip(outline, np.roll(outline, -1, 0), strict=True):
-        crosses = (start[1] > points[:, 1]) != (end[1] > points[:, 1])
-        with np.errstate(divide="ignore", invalid="ignore"):
-            at = start[0] + (points[:, 1] - start[1]) * (end[0] - start[0]) / (end[1] - start[1])
-        inside ^= crosses & (points[:, 0] < at)
-    return inside
+def _within(points: Float[Tensor, "n 3"], face: Float[Tensor, "p 3"], outlines: tuple[tuple[int, ...], ...]) -> Bool[Tensor, " n"]:
+    """Which points lie, seen from the front, inside one of these outlines of the face's points."""
+    flat = face[:, :2].numpy()
+    return torch.from_numpy(np.any([inside_outline(points[:, :2].numpy(), flat[list(outline)]) for outline in outlines], 0))

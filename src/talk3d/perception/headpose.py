@@ -122,11 +122,9 @@ def solve_head_pose(
     rotation, translation, residual = bundle.poses(level)
     roll = rotation_from_vector(torch.stack([0 * angle, 0 * angle, angle], -1))
     rotation, translation = roll @ rotation, (roll @ translation[..., None])[..., 0]
-    frames, total, window = torch.nonzero(seen)[:, 0], len(landmarks), smoothing_window(fps)
-    calm = smooth_motion(*_fill_gaps(rotation, translation, frames, total), cuts, window)
     motion = HeadMotion(
-        rotation=calm[0][frames],
-        translation=calm[1][frames],
+        rotation=rotation,
+        translation=translation,
         focal_px=bundle.focal,
         shape=bundle.shape,
         face=template.points.double() + template.people.double() @ bundle.way,
@@ -134,14 +132,26 @@ def solve_head_pose(
         smoothing={},
     )
     if refine is not None:
-        motion = refine(motion)
-        rotation, translation = motion.rotation, motion.translation
-    rotation, translation = _fill_gaps(rotation, translation, frames, total)
+        calm = steadied(motion, seen, cuts, fps)
+        motion = refine(replace(motion, rotation=calm.rotation[seen], translation=calm.translation[seen]))
+    filled = torch.full((len(seen),), float("nan"), dtype=torch.float64)
+    filled[seen] = residual
+    return replace(steadied(motion, seen, cuts, fps), residual_px=filled)
+
+
+def steadied(motion: HeadMotion, seen: Bool[Tensor, " t"], cuts: tuple[int, ...] = (), fps: float = 25.0) -> HeadMotion:
+    """Return the motion of all frames, smooth, from that of the frames that were seen.
+
+    Args:
+        motion: of the seen frames.
+        seen: which frames these are; the motion of the others is interpolated.
+        cuts: frames at which a new shot begins; nothing is smoothed across them.
+        fps: frames a second.
+    """
+    window = smoothing_window(fps)
+    rotation, translation = _fill_gaps(motion.rotation, motion.translation, torch.nonzero(seen)[:, 0], len(seen))
     smooth, translation = smooth_motion(rotation, translation, cuts, window)
-    filled = torch.full((total,), float("nan"), dtype=torch.float64)
-    filled[frames] = residual
-    smoothing = describe_smoothing(rotation, smooth, fps, window)
-    return replace(motion, rotation=smooth, translation=translation, residual_px=filled, smoothing=smoothing)
+    return replace(motion, rotation=smooth, translation=translation, smoothing=describe_smoothing(rotation, smooth, fps, window))
 
 
 def smoothing_window(fps: float) -> int:
