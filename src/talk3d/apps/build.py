@@ -24,7 +24,7 @@ from talk3d.io.writing import whole
 from talk3d.models.avatar import Prior
 from talk3d.perception.headspace import place_prior
 from talk3d.perception.landmarks import load_face_model
-from talk3d.stages.personalize import PersonalizeConfig, follow_head, personalize
+from talk3d.stages.personalize import PersonalizeConfig, personalize
 from talk3d.stages.track import TrackConfig, track
 from talk3d.stages.train import TrainConfig, train
 from talk3d.types import Progress, silent
@@ -215,9 +215,7 @@ def build(
     def make_person() -> None:
         checkpoint = products.checkpoint("personalize")
         clip, prior = load_clip(clip_path), placed_prior(config.prior, device, config.face_model)
-        person = personalize(clip, prior, config.personalize, device=device, seed=seed, progress=progress, checkpoint=checkpoint)
-        person.save(person_path)
-        follow_head(clip, person).save(clip_path)
+        personalize(clip, prior, config.personalize, device=device, seed=seed, progress=progress, checkpoint=checkpoint).save(person_path)
         checkpoint.unlink(missing_ok=True)
 
     def make_avatar() -> None:

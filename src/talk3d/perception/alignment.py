@@ -4,7 +4,7 @@ Face networks follow a nodding head only in part, and differently for each perso
 the person's points, and its pose corrected until the skin agrees with the mean of many frames (Gauss-Newton on six numbers, robust). Light stays
 while heads turn, so the mean, a second time round, follows the turn of the head.
 
-Once the head's shape is known, from a person fitted to the clip, hair and ears are followed as well: no expression moves them.
+Once crops are cut and the prior has guessed the head's shape, hair and ears are followed as well: no expression moves them.
 
 Brows are followed in the same way, on a head whose pose is known by then: how far they are drawn up.
 
@@ -120,16 +120,16 @@ class FaceViews:
 
 
 class CropViews:
-    """A clip's crops, as squares about their cameras' axes."""
+    """A clip's crops, and where they lie in the source pictures."""
 
-    def __init__(self, frames: UInt8[np.ndarray, "t s s 3"], intrinsics: Float[Tensor, "t 3 3"]) -> None:
-        """Take pictures as they are, and their cameras' intrinsics."""
+    def __init__(self, frames: UInt8[np.ndarray, "t s s 3"], crop: Float[np.ndarray, "t 2 3"]) -> None:
+        """`crop`: the map of every frame from source px to crop px, without rotation."""
         self._frames = frames
-        side = torch.full((len(frames), 1), float(frames.shape[1]))
-        self._squares = torch.cat([-side * intrinsics[:, :2, 2], side], 1)
+        side = frames.shape[1] / crop[:, :1, 0]
+        self._squares = torch.from_numpy(np.concatenate([-crop[:, :, 2] / crop[:, :1, 0], side], 1)).float()
 
     def read(self, indices: Int[Tensor, " b"]) -> tuple[Float[Tensor, "b 3 s s"], Float[Tensor, "b 3"]]:
-        """Pictures and squares as those of `FaceViews`, px from the cameras' axes."""
+        """Pictures and squares as those of `FaceViews`."""
         pictures = [np.asarray(Image.fromarray(self._frames[index]).convert("L")) for index in indices.tolist()]
         return _contrasts(pictures, self._frames.shape[1] // 25), self._squares[indices]
 
@@ -230,7 +230,7 @@ def refine_motion(
         views: of the face.
         pictures: under which number each frame of the motion is in `views`.
         image_size: width, height of the source picture, px.
-        surface: of the head; None takes that of the face's points, and finds how deep it is.
+        surface: of the head; None takes that of the face's points, and first finds how deep it is.
     """
     trust = (*TRUST, BROW_TRUST, ONE_BROW_TRUST, BROW_TRUST, CHEEK_TRUST)
     return _Alignment(motion, views, pictures, image_size, surface or Surface.rigid(motion.face), trust).run(surface is None)

@@ -18,7 +18,17 @@ from torch import Tensor
 from talk3d.models.avatar import Prior
 from talk3d.models.stylegan2 import resize_to
 from talk3d.ops.compositing import premultiply
-from talk3d.ops.geometry import CAMERA_FOCAL, HEAD_PIVOT, farthest_points, intrinsics_matrix, look_at, move_camera, rotation_from_vector, widen_turns
+from talk3d.ops.geometry import (
+    CAMERA_FOCAL,
+    HEAD_PIVOT,
+    farthest_points,
+    head_camera,
+    intrinsics_matrix,
+    look_at,
+    move_camera,
+    rotation_from_vector,
+    widen_turns,
+)
 from talk3d.types import Camera, Triplane
 
 NUM_VIEWS, SIDE = 8, 24
@@ -37,6 +47,11 @@ painted itself 1 to 3 %."""
 KNOWN, STRANGE = 0.075, 0.105
 """Mean error of the guess, of pictures in [-1, 1], up to which its person is known to the prior, and from which they are a stranger to it. Rendered
 people whom it never saw err by 0.03 to 0.07, a real one by 0.12: there the error falls with the nod for reasons other than the nod."""
+
+SHAPE_SIDE = 128
+"""Rays a side that find the guessed head's shape."""
+SOLID, LEDGE = 0.95, 0.06
+"""Rays more opaque than this meet the head; where it lies so much farther, scene units, two rays on, its edge is seen."""
 
 
 def choose_views(head_pose: Float[Tensor, "t 3"], count: int = NUM_VIEWS) -> Int[Tensor, " k"]:
@@ -100,14 +115,47 @@ def _likeliest(error: Callable[[float], float], most: float, tolerance: float, b
     return known * (float(found.x) - bias)
 
 
+def guessed_shape(
+    prior: Prior, image: Float[Tensor, "k 3 h w"], alpha: Float[Tensor, "k 1 h w"], cameras: Camera
+) -> tuple[Float[Tensor, "n 3"], Float[Tensor, "n 3"]] | None:
+    """Points of the head that the prior guesses, as far as they are seen from the front, and their normals.
+
+    None where the guess does not look like the pictures: hair and ears of another shape would lead poses astray.
+
+    Args:
+        prior: with its encoder; without one, its average head is taken.
+        image: of one person, [-1, 1], over anything.
+        alpha: mattes, [0, 1].
+        cameras: of them.
+    """
+    front, side = head_camera(torch.zeros(1, 3)), SHAPE_SIDE
+    level, shown = level_views(image, alpha, cameras)
+    if _strangeness(prior, shown, level, TURNS_SIDE) > (KNOWN + STRANGE) / 2:
+        return None
+    with torch.no_grad():
+        rays = prior.generator.rays(front, side)
+        _, opacity, distance = prior.generator.render_rays(_guess(prior, shown, level), rays)
+    points, distance = ((values[0].unflatten(0, (side, side))) for values in (rays.origins + distance * rays.directions, distance))  # p p 3, p p 1
+    right, up = points[1:-1, 2:] - points[1:-1, :-2], points[:-2, 1:-1] - points[2:, 1:-1]
+    step = (distance[1:-1, 2:] - distance[1:-1, :-2]).abs() + (distance[:-2, 1:-1] - distance[2:, 1:-1]).abs()
+    kept = (opacity[0].unflatten(0, (side, side))[1:-1, 1:-1] > SOLID)[..., 0] & (step < LEDGE)[..., 0]
+    return points[1:-1, 1:-1][kept], F.normalize(torch.cross(right, up, dim=-1), dim=-1)[kept]
+
+
+def _guess(prior: Prior, shown: Float[Tensor, "k 4 h w"], cameras: Camera) -> Triplane:
+    """The head that the prior guesses from level views."""
+    generator = prior.generator
+    w = generator.mapping_network.w_avg[None]
+    if prior.encoder is not None:
+        w = w + prior.encoder(shown[None, :, :3], shown[None, :, 3:], cameras)
+    return generator.triplane(w[:, None].expand(-1, generator.num_ws, -1))
+
+
 def _strangeness(prior: Prior, shown: Float[Tensor, "k 4 h w"], cameras: Camera, side: int) -> float:
     """How far the prior's guess of the head is from the pictures of level views, mean absolute difference, with so many rays a side."""
     generator = prior.generator
     with torch.no_grad():
-        w = generator.mapping_network.w_avg[None]
-        if prior.encoder is not None:
-            w = w + prior.encoder(shown[None, :, :3], shown[None, :, 3:], cameras)
-        painted = generator.triplane(w[:, None].expand(-1, generator.num_ws, -1))
+        painted = _guess(prior, shown, cameras)
         planes = Triplane(planes=painted.planes.expand(len(cameras), -1, -1, -1, -1), axes=painted.axes)
         features = generator.render_rays(planes, generator.rays(cameras, side))[0][..., :3].mT.unflatten(2, (side, side))  # k 3 s s
         return float((2 * features - 1 - resize_to(shown[:, :3], side)).abs().mean())

@@ -9,24 +9,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from scipy.ndimage import median_filter
 from torch import Tensor
 
 from talk3d.errors import ConfigError, ShapeError, TrackingError
 from talk3d.io.weights import load_prior
 from talk3d.models.avatar import PersonalizedGenerator, Prior
 from talk3d.ops.compositing import premultiply, unmix
-from talk3d.ops.geometry import farthest_points, head_camera, project, view_angles
-from talk3d.perception.alignment import CropViews, Surface, refine_brows, refine_motion
-from talk3d.perception.headpose import HeadMotion, steadied
-from talk3d.perception.landmarks import eye_gaze, irises_ahead, mouth_opening, steady_gaze
+from talk3d.ops.geometry import farthest_points
+from talk3d.perception.landmarks import mouth_opening
 from talk3d.stages.invert import InversionConfig, Views, finer_rays, invert
 from talk3d.training.losses import PictureTarget
-from talk3d.types import Camera, Clip, FaceTrack, Progress, silent
+from talk3d.types import Clip, Progress, silent
 
 NUM_LOOKED_AT = 64
 """Frames of the training part that tell what is behind the person."""
@@ -34,11 +30,6 @@ LEAST_SEEN = 4
 """Frames, of those, that must show what is behind the person somewhere."""
 UNSTEADY = 0.06
 """What is behind the person changes where it differs by more than this in them, root mean square, of pictures in [-1, 1]."""
-
-SHAPE_RAYS = 128
-"""Rays a side that find the person's shape."""
-SOLID, LEDGE = 0.95, 0.06
-"""Rays more opaque than this meet the head; where it lies so much farther, scene units, two rays on, its edge is seen."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,64 +232,3 @@ def foreground(clip: Clip, frames: Int[Tensor, " b"], plate: Float[Tensor, "3 h 
     """Return what should be rendered of these frames: the person without what shines through, hair and all."""
     image, alpha = unmix(*clip.images(frames), plate, steady)
     return PictureTarget(image=image, alpha=alpha)
-
-
-def follow_head(clip: Clip, person: PersonalizedGenerator) -> Clip:
-    """Return the clip with its head poses corrected by the person's own shape, and brows and gaze seen on it anew.
-
-    Face points and skin tell nods and turns of a face that talks and smiles to a quarter of a degree; with hair and ears, on the right shape, they
-    are told two to three times as well. Where no face was seen, what was interpolated is interpolated again.
-
-    Args:
-        clip: as tracked.
-        person: made from it by `personalize`.
-    """
-    track, side = clip.track, clip.frames.shape[1]
-    points, normals = _shape_from_the_front(person)
-    face = _face_on(points, track, side)
-    seen, cuts = track.confidence[:, 0] > 0, tuple(clip.check.get("cuts", ()))
-    index, views = torch.nonzero(seen)[:, 0], CropViews(clip.frames, track.cameras.intrinsics)
-    cam2world = track.cameras.cam2world[seen].double()
-    rotation = cam2world[:, :3, :3].mT
-    motion = HeadMotion(
-        rotation=rotation,
-        translation=-(rotation @ cam2world[:, :3, 3:])[..., 0],
-        focal_px=float(track.cameras.intrinsics[0, 0, 0]) * side,
-        shape=face[:0],
-        face=face,
-        residual_px=face.new_zeros(len(index)),
-        smoothing={},
-    )
-    motion = refine_motion(motion, views, index, (0, 0), Surface.head(points, normals, face))
-    lift = refine_brows(track.upper_face[seen, :2], motion, views, index, (0, 0))
-    lift = median_filter(lift.numpy(), (2 * round(clip.fps / 12) + 1, 1), mode="nearest")  # without blinks' jolts
-    brows = np.stack([np.interp(np.arange(len(seen)), index.numpy(), brow) for brow in lift.T], -1)
-    cam2world = steadied(motion, seen, cuts, clip.fps).cam2world().float()
-    cameras = Camera(cam2world=cam2world, intrinsics=track.cameras.intrinsics)
-    gaze = eye_gaze(track.landmarks.float(), side * project(irises_ahead(face).float().expand(len(seen), -1, -1), cameras))
-    upper_face = torch.cat([torch.from_numpy(brows).float(), steady_gaze(gaze, track.blink)], 1)
-    track = dataclasses.replace(track, cameras=cameras, head_pose=view_angles(cam2world[:, :3, :3]), upper_face=upper_face, gaze=gaze)
-    return dataclasses.replace(clip, track=track)
-
-
-def _shape_from_the_front(person: PersonalizedGenerator) -> tuple[Float[Tensor, "n 3"], Float[Tensor, "n 3"]]:
-    """Points of the person's head, as far as they are seen from the front, and their normals."""
-    planes, side = person.triplane, SHAPE_RAYS
-    rays = person.renderer.rays(head_camera(torch.zeros(1, 3)).to(planes.planes.device), side)
-    with torch.no_grad():
-        _, opacity, distance = person.renderer.render_rays(planes, rays)
-    points = (rays.origins + distance * rays.directions)[0].unflatten(0, (side, side)).cpu()
-    opacity, distance = (values[0, :, 0].unflatten(0, (side, side)).cpu() for values in (opacity, distance))
-    right, up = points[1:-1, 2:] - points[1:-1, :-2], points[:-2, 1:-1] - points[2:, 1:-1]
-    step = (distance[1:-1, 2:] - distance[1:-1, :-2]).abs() + (distance[:-2, 1:-1] - distance[2:, 1:-1]).abs()
-    kept = (opacity[1:-1, 1:-1] > SOLID) & (step < LEDGE)
-    return points[1:-1, 1:-1][kept], F.normalize(torch.cross(right, up, dim=-1), dim=-1)[kept]
-
-
-def _face_on(points: Float[Tensor, "n 3"], track: FaceTrack, side: int) -> Float[Tensor, "p 3"]:
-    """The face's points on the head's surface, where a frame shows them of `side` px, in which head, lids and brows are as they mostly are."""
-    held = torch.cat([track.head_pose, track.blink, track.upper_face[:, :2]], 1).float()
-    usual = int(((held - held.median(0).values) / held.std(0).clamp(min=1e-6)).square().sum(1).argmin())
-    places = project(points[None], track.cameras[torch.tensor([usual])])[0]
-    nearest = torch.cdist(track.landmarks[usual, :468].float() / side, places).argmin(1)
-    return points[nearest].double()

@@ -24,9 +24,9 @@ from talk3d.io.timeline import shot_starts
 from talk3d.io.weights import load_prior
 from talk3d.metrics.capture import CaptureReport, FaceMeasures, capture_report, in_step
 from talk3d.ops.geometry import CAMERA_FOCAL, mean_rotation, view_angles
-from talk3d.perception.alignment import FaceViews, refine_brows, refine_motion
+from talk3d.perception.alignment import CropViews, FaceViews, Surface, refine_brows, refine_motion
 from talk3d.perception.facetemplate import FaceTemplate, load_template
-from talk3d.perception.headpose import HeadMotion, solve_head_pose
+from talk3d.perception.headpose import HeadMotion, solve_head_pose, steadied
 from talk3d.perception.headspace import nod_head_space, settle_head_space, widen_head_turns
 from talk3d.perception.identity import Likeness
 from talk3d.perception.landmarks import (
@@ -41,7 +41,7 @@ from talk3d.perception.landmarks import (
     steady_gaze,
 )
 from talk3d.perception.liplines import correct_lips
-from talk3d.perception.nod import NUM_VIEWS, TURNS_VIEWS, choose_views, find_nod, find_turns
+from talk3d.perception.nod import NUM_VIEWS, TURNS_VIEWS, choose_views, find_nod, find_turns, guessed_shape
 from talk3d.perception.parsing import BiSeNetParser
 from talk3d.perception.speech import PUBLISHED_FPS, SAMPLE_RATE_HZ, SpeechKind, load_speech
 from talk3d.stages.pasting import crop_maps, write_crops
@@ -142,7 +142,7 @@ def track(
     parser = BiSeNetParser() if config.parsing == "bisenet" else None
     encoder, model = load_speech(config.speech), load_face_model(face_model)
     size = (scan.width_px, scan.height_px)
-    faces, cuts, motion, brows = _find_motion(scan, model, load_template(model.kind), config, progress)
+    faces, cuts, motion = _find_motion(scan, model, load_template(model.kind), config, progress)
     num_frames = len(faces.landmarks)
     face = measures(faces, np.arange(num_frames), motion, model)
     capture = partial(capture_report, scan, face, cuts=cuts, start=faces.start, num_frames=num_frames)
@@ -150,16 +150,17 @@ def track(
     review(check)
     faces = replace(faces, landmarks=correct_lips(faces.landmarks, model.kind))  # pose and measures are made for points as networks give them
     crop = crop_maps(motion, size, config.size_px)
-    locate = partial(_face_track, faces, brows, crop=crop, size=size, crop_px=config.size_px)
+    locate = partial(_face_track, faces, crop=crop, size=size, crop_px=config.size_px)
     num_training = num_frames - min(round(config.held_out_s * config.fps), num_frames // 5)
     frames, masks, wide = write_crops(scan, faces.start, crop, locate(motion), num_training, config.size_px, parser, progress)
-    motion, constants = _as_the_prior_sees(motion, locate, frames, masks)  # about the face, so that crops stay
+    motion, head, constants = _as_the_prior_sees(motion, locate, frames, masks)  # about the face, so that crops stay
+    motion, brows = _follow_head(motion, head, CropViews(frames, crop), faces, cuts, config.fps, size)
     return Clip(
         frames=frames,
         fps=config.fps,
         waveform=sound,
         audio=encoder(sound, num_frames, config.fps),
-        track=locate(motion),
+        track=locate(motion, brows),
         masks=masks,
         source=str(Path(video).resolve()),
         source_sha256=sha256_of(Path(video)),
@@ -171,30 +172,20 @@ def track(
 
 def _find_motion(
     scan: VideoScan, model: FaceModel, head: FaceTemplate, config: TrackConfig, progress: Progress
-) -> tuple[Faces, tuple[int, ...], HeadMotion, Float[Tensor, "t 2"]]:
-    """The faces, the shot changes among them, the head's motion and how far the brows are drawn up.
-
-    Motion and brows are refined by small pictures that are kept on disk meanwhile; brows before the motion is smoothed, which parts the two
-    where a head moves fast.
-    """
+) -> tuple[Faces, tuple[int, ...], HeadMotion]:
+    """The faces, the shot changes among them, and the head's motion, refined by small pictures of the face that are kept on disk meanwhile."""
     size = (scan.width_px, scan.height_px)
     with tempfile.TemporaryFile() as file:
         views = FaceViews(file)
         faces = find_faces(scan, model, config, progress, views)
         cuts = _cuts_inside(scan, faces)
         seen = torch.nonzero(faces.seen)[:, 0]
-        points, pictures = faces.landmarks[seen], faces.start + seen
-        brows: list[Tensor] = []
 
         def refine(motion: HeadMotion) -> HeadMotion:
-            motion = refine_motion(motion, views, pictures, size)
-            rest = torch.stack([motion.project(motion.face[list(brow)], (size[0] / 2, size[1] / 2)).float() for brow in BROWS], 1)
-            lift = refine_brows(brow_lift(points, rest), motion, views, pictures, size)
-            brows.append(torch.from_numpy(median_filter(lift.numpy(), (2 * round(config.fps / 12) + 1, 1), mode="nearest")))  # without blinks' jolts
-            return settle_head_space(motion, points, head, size)
+            return settle_head_space(refine_motion(motion, views, faces.start + seen, size), faces.landmarks[seen], head, size)
 
         motion = solve_head_pose(faces.landmarks, head, size, faces.seen, cuts, config.fps, refine)
-    return faces, cuts, motion, _interpolate(np.arange(len(faces.seen)), seen.numpy(), brows[0].numpy())
+    return faces, cuts, motion
 
 
 def _cuts_inside(scan: VideoScan, faces: Faces) -> tuple[int, ...]:
@@ -284,8 +275,8 @@ def _interpolate(wanted: np.ndarray, known: np.ndarray, values: np.ndarray) -> T
     return torch.from_numpy(np.stack(columns, -1).reshape(len(wanted), *values.shape[1:])).float()
 
 
-def _face_track(faces: Faces, brows: Tensor, motion: HeadMotion, crop: np.ndarray, size: tuple[int, int], crop_px: int) -> FaceTrack:
-    """Everything known of the face, in crop px and head space."""
+def _face_track(faces: Faces, motion: HeadMotion, brows: Tensor | None = None, *, crop: np.ndarray, size: tuple[int, int], crop_px: int) -> FaceTrack:
+    """Everything known of the face, in crop px and head space; brows at rest where nothing is known of them yet."""
     cam2world = motion.cam2world()
     middle = torch.tensor([size[0] / 2, size[1] / 2], dtype=torch.float64)
     maps = torch.from_numpy(crop)
@@ -303,7 +294,7 @@ def _face_track(faces: Faces, brows: Tensor, motion: HeadMotion, crop: np.ndarra
         landmarks=(faces.landmarks.double() @ maps[:, :, :2].mT + maps[:, None, :, 2]).float(),
         anchors=anchors.flatten(1).float(),
         blink=blink,
-        upper_face=torch.cat([brows, steady_gaze(gaze, blink)], 1),
+        upper_face=torch.cat([torch.zeros(len(blink), 2) if brows is None else brows, steady_gaze(gaze, blink)], 1),
         eyes_shut=eyes_shut,
         gaze=gaze,
         expression=faces.expression,
@@ -314,13 +305,34 @@ def _face_track(faces: Faces, brows: Tensor, motion: HeadMotion, crop: np.ndarra
 
 def _as_the_prior_sees(
     motion: HeadMotion, locate: Callable[[HeadMotion], FaceTrack], frames: np.ndarray, masks: FaceMasks
-) -> tuple[HeadMotion, dict[str, float]]:
-    """Nod the head and let it turn as far as it looks most like what the builtin prior guesses of it; return what was changed, too."""
+) -> tuple[HeadMotion, Surface | None, dict[str, float]]:
+    """Nod the head and let it turn as far as it looks most like what the builtin prior guesses of it.
+
+    Returns:
+        The motion; the guess's surface, if it looks like the head; and what was changed.
+    """
     prior = load_prior()
     motion = nod_head_space(motion, nod := find_nod(prior, *_seen_views(locate(motion), frames, masks, NUM_VIEWS)))
     middle = mean_rotation(motion.rotation)
     turns = find_turns(prior, *_seen_views(locate(motion), frames, masks, TURNS_VIEWS), middle)
-    return widen_head_turns(motion, turns, middle), {"nod_deg": round(math.degrees(nod), 2), "turns": round(turns, 3)}
+    motion = widen_head_turns(motion, turns, middle)
+    shape = guessed_shape(prior, *_seen_views(locate(motion), frames, masks, TURNS_VIEWS))
+    return motion, None if shape is None else Surface.head(*shape, motion.face), {"nod_deg": round(math.degrees(nod), 2), "turns": round(turns, 3)}
+
+
+def _follow_head(
+    motion: HeadMotion, head: Surface | None, views: CropViews, faces: Faces, cuts: tuple[int, ...], fps: float, size: tuple[int, int]
+) -> tuple[HeadMotion, Float[Tensor, "t 2"]]:
+    """The motion refined by the whole head, by the face alone where its shape is not known, and how far the brows are drawn up.
+
+    Brows are looked at before the motion is smoothed, which parts the two where a head moves fast.
+    """
+    seen = torch.nonzero(faces.seen)[:, 0]
+    motion = refine_motion(replace(motion, rotation=motion.rotation[seen], translation=motion.translation[seen]), views, seen, size, head)
+    rest = torch.stack([motion.project(motion.face[list(brow)], (size[0] / 2, size[1] / 2)).float() for brow in BROWS], 1)
+    lift = refine_brows(brow_lift(faces.landmarks[seen], rest), motion, views, seen, size)
+    brows = median_filter(lift.numpy(), (2 * round(fps / 12) + 1, 1), mode="nearest")  # without blinks' jolts
+    return steadied(motion, faces.seen, cuts, fps), _interpolate(np.arange(len(faces.seen)), seen.numpy(), brows)
 
 
 def _seen_views(face_track: FaceTrack, frames: np.ndarray, masks: FaceMasks, count: int) -> tuple[Tensor, Tensor, Camera]:
