@@ -154,3 +154,9 @@ def test_widened_turns_are_farther_from_the_middle_and_keep_rolls_and_the_face_i
     face = torch.tensor(g.FACE_MIDDLE, dtype=torch.float64).expand(3, 1, 3)
     assert torch.allclose(g.project(face, wider), g.project(face, camera), atol=1e-9)
     assert torch.allclose(g.widen_turns(camera.cam2world, 1.0, middle), camera.cam2world, atol=1e-9)
+
+
+def test_points_inside_an_outline_are_told_from_those_in_its_notch():
+    notched = np.array([[0.0, 0.0], [4.0, 0.0], [4.0, 4.0], [2.0, 1.0], [0.0, 4.0]])
+    points = np.array([[0.5, 0.5], [2.0, 0.5], [2.0, 3.0], [3.5, 3.0], [5.0, 1.0], [-1.0, 0.0]])
+    assert g.inside_outline(points, notched).tolist() == [True, True, False, True, False, False]

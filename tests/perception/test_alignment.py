@@ -60,6 +60,62 @@ def test_views_show_the_square_round_the_points():
     assert pictures[0, 2].abs().max() < 1e-3
 
 
+def test_crops_are_read_as_the_squares_that_their_maps_cut():
+    frames = np.zeros((3, 100, 100, 3), np.uint8)
+    frames[2, :, 60:] = 200
+    crop = np.tile(np.array([[0.5, 0.0, -20.0], [0.0, 0.5, 10.0]]), (3, 1, 1))  # of source px 40 … 240, -20 … 180
+    pictures, squares = al.CropViews(frames, crop).read(torch.tensor([2, 0]))
+    assert squares.tolist() == [[40.0, -20.0, 200.0]] * 2
+    assert pictures.shape == (2, 3, 100, 100)
+    assert abs(int(pictures[0, 1].mean(0).argmax()) - 60) <= 1
+    assert pictures[1].abs().max() == 0
+
+
+def _head(face: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Points on the front of an ellipsoid round the face, and their normals."""
+    outline = face[list(al.FACE_OUTLINE)]
+    middle = torch.cat([(outline[:, :2].amax(0) + outline[:, :2].amin(0)) / 2, torch.zeros(1)])
+    radii = torch.cat([0.65 * (outline[:, :2].amax(0) - outline[:, :2].amin(0)), face[:, 2].amax()[None]])
+    y, x = torch.meshgrid(torch.linspace(-0.9, 0.9, 60), torch.linspace(-0.9, 0.9, 60), indexing="ij")
+    flat = torch.stack([x, y], -1).reshape(-1, 2)
+    flat = flat[flat.norm(dim=-1) < 0.9].double()
+    unit = torch.cat([flat, (1 - flat.square().sum(-1, keepdim=True)).sqrt()], -1)
+    return (middle + radii * unit).float(), torch.nn.functional.normalize(unit / radii, dim=-1).float()
+
+
+def test_hair_and_ears_belong_to_the_head_and_nothing_draws_them_up():
+    face = load_template("task").points.double()
+    points, normals = _head(face)
+    surface = al.Surface.head(points, normals, face)
+    inside = al.inside_outline(surface.points[:, :2].numpy(), face[list(al.FACE_OUTLINE), :2].numpy())
+    assert 0.1 < inside.mean() < 0.9
+    assert surface.lifts[torch.from_numpy(~inside)].abs().max() == 0 < surface.lifts[torch.from_numpy(inside)].abs().max()
+    assert surface.points[torch.from_numpy(~inside), 1].min() > face[al.NOSE_TIP, 1]
+    assert len(surface.points) < len(points)
+
+
+def test_hair_and_ears_hold_the_head_while_the_face_moves():
+    """A painted head whose forehead and cheeks slide more than skin is taken to: its pose is found nearer to the truth than by the face alone."""
+    face = load_template("task").points.double()
+    whole = al.Surface.head(*_head(face), face)
+    inside = torch.from_numpy(al.inside_outline(whole.points[:, :2].numpy(), face[list(al.FACE_OUTLINE), :2].numpy()))
+    alone = al.Surface.head(*_head(face), face)
+    alone.points, alone.normals, alone.lifts = alone.points[inside], alone.normals[inside], alone.lifts[inside]
+    true, turns = _turning(face)
+    start = replace(true, rotation=rotation_from_vector(0.01 * turns.roll(1, 0) / 0.08) @ true.rotation)
+    slides = torch.zeros(12, 4)
+    slides[::2, 1] = 0.012  # one side more than the other, which is taken for a turn
+    frames = np.stack([_painted(whole, true, index, slides[index])[0] for index in range(12)])
+    views = al.CropViews(frames, np.tile(np.array([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]), (12, 1, 1)))
+    worst = {}
+    for name, surface in (("whole", whole), ("alone", alone)):
+        found = al.refine_motion(start, views, torch.arange(12), (256, 256), surface)
+        apart = vector_from_rotation(found.rotation @ true.rotation.mT)
+        worst[name] = float((apart - apart.mean(0)).norm(dim=-1).square().mean().sqrt())
+    assert worst["whole"] < 0.004
+    assert worst["alone"] > 2 * worst["whole"]
+
+
 def test_the_surface_holds_what_does_not_speak():
     face = load_template("task").points.double()
     surface = al.Surface.rigid(face)

@@ -8,7 +8,7 @@ import torch
 from talk3d.io.weights import load_prior
 from talk3d.models.avatar import Prior
 from talk3d.ops.geometry import head_camera, mean_rotation, project, rotation_from_vector, view_angles, widen_turns
-from talk3d.perception.nod import SHARE, choose_views, find_nod, find_turns, level_views, nodded
+from talk3d.perception.nod import SHARE, choose_views, find_nod, find_turns, guessed_shape, level_views, nodded
 from talk3d.types import Camera
 
 ANGLES = torch.tensor([[0.0, 0.0, 0.05], [0.35, 0.05, 0.0], [-0.35, 0.0, -0.05], [0.1, -0.15, 0.1]])
@@ -43,6 +43,26 @@ def test_the_nod_and_the_turns_of_a_head_that_the_prior_knows_are_found(builtin:
         assert math.log(found) == pytest.approx(-math.log(factor), abs=0.05)
 
 
+def test_the_shape_of_a_head_that_the_prior_knows_is_guessed(builtin: Prior):
+    """Points lie where other cameras meet the true head, and face the front."""
+    cameras = beside(head_camera(ANGLES))
+    head = builtin.generator.mapping(torch.randn(1, builtin.generator.config.z_dim, generator=torch.Generator().manual_seed(1)))
+    with torch.no_grad():
+        rendering = builtin.generator.render(head.expand(4, -1, -1), cameras)
+        truth = builtin.generator.render(head, beside(head_camera(torch.zeros(1, 3))))
+    alpha = rendering.alpha.clamp(0, 1)
+    found = guessed_shape(builtin, ((rendering.image + 1) / alpha.clamp_min(0.05) - 1).clamp(-1, 1), alpha, cameras)
+    assert found is not None
+    points, normals = found
+    assert len(points) > 2000 and points[:, 2].max() < 0.35
+    assert torch.allclose(normals.norm(dim=-1), torch.ones(len(normals)), atol=1e-5) and (normals[:, 2] > -0.2).all()
+    camera = beside(head_camera(torch.zeros(1, 3)))
+    place = project(points[None], camera)
+    seen = torch.nn.functional.grid_sample(truth.depth, 2 * place[:, None] - 1, align_corners=False)[0, 0, 0]
+    away = (points - camera.cam2world[0, :3, 3]).norm(dim=-1)
+    assert (seen - away).abs().median() < 0.01
+
+
 def test_without_an_encoder_the_average_head_is_compared(builtin: Prior):
     bare = Prior(generator=builtin.generator, w_std=builtin.w_std, provenance={})
     cameras = head_camera(ANGLES)
@@ -58,6 +78,7 @@ def test_of_pictures_that_the_prior_cannot_guess_nothing_is_believed(builtin: Pr
     stripes[..., ::2] = -1
     assert find_nod(builtin, stripes, torch.ones(2, 1, 64, 64), head_camera(ANGLES[:2])) == 0
     assert find_turns(builtin, stripes, torch.ones(2, 1, 64, 64), head_camera(ANGLES[:2]), torch.eye(3)) == 1
+    assert guessed_shape(builtin, stripes, torch.ones(2, 1, 64, 64), head_camera(ANGLES[:2])) is None
 
 
 def test_nodding_lifts_cameras_in_front_and_keeps_their_distance():

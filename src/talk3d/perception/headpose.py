@@ -76,6 +76,10 @@ class HeadMotion:
         result[:, :3, 3] = -(self.rotation.mT @ self.translation[..., None])[..., 0]
         return result
 
+    def at(self, frames: Bool[Tensor, " t"]) -> "HeadMotion":
+        """Return the motion of some of the frames."""
+        return replace(self, rotation=self.rotation[frames], translation=self.translation[frames], residual_px=self.residual_px[frames])
+
     def points(self, indices: tuple[int, ...]) -> Float[Tensor, "k 3"]:
         """Some of the person's rigid points by MediaPipe's numbers."""
         return self.shape[[RIGID_POINTS.index(index) for index in indices]]
@@ -132,26 +136,19 @@ def solve_head_pose(
         smoothing={},
     )
     if refine is not None:
-        calm = steadied(motion, seen, cuts, fps)
-        motion = refine(replace(motion, rotation=calm.rotation[seen], translation=calm.translation[seen]))
-    filled = torch.full((len(seen),), float("nan"), dtype=torch.float64)
-    filled[seen] = residual
-    return replace(steadied(motion, seen, cuts, fps), residual_px=filled)
+        motion = refine(steadied(motion, seen, cuts, fps).at(seen))
+    return steadied(motion, seen, cuts, fps)
 
 
 def steadied(motion: HeadMotion, seen: Bool[Tensor, " t"], cuts: tuple[int, ...] = (), fps: float = 25.0) -> HeadMotion:
-    """Return the motion of all frames, smooth, from that of the frames that were seen.
-
-    Args:
-        motion: of the seen frames.
-        seen: which frames these are; the motion of the others is interpolated.
-        cuts: frames at which a new shot begins; nothing is smoothed across them.
-        fps: frames a second.
-    """
+    """Return the smooth motion of all frames, from that of the `seen` ones; between these it is interpolated, and across cuts nothing is smoothed."""
     window = smoothing_window(fps)
     rotation, translation = _fill_gaps(motion.rotation, motion.translation, torch.nonzero(seen)[:, 0], len(seen))
     smooth, translation = smooth_motion(rotation, translation, cuts, window)
-    return replace(motion, rotation=smooth, translation=translation, smoothing=describe_smoothing(rotation, smooth, fps, window))
+    residual = torch.full((len(seen),), float("nan"), dtype=torch.float64)
+    residual[seen] = motion.residual_px
+    smoothing = describe_smoothing(rotation, smooth, fps, window)
+    return replace(motion, rotation=smooth, translation=translation, residual_px=residual, smoothing=smoothing)
 
 
 def smoothing_window(fps: float) -> int:

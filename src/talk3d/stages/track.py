@@ -328,7 +328,7 @@ def _follow_head(
     Brows are looked at before the motion is smoothed, which parts the two where a head moves fast.
     """
     seen = torch.nonzero(faces.seen)[:, 0]
-    motion = refine_motion(replace(motion, rotation=motion.rotation[seen], translation=motion.translation[seen]), views, seen, size, head)
+    motion = refine_motion(motion.at(faces.seen), views, seen, size, head)
     rest = torch.stack([motion.project(motion.face[list(brow)], (size[0] / 2, size[1] / 2)).float() for brow in BROWS], 1)
     lift = refine_brows(brow_lift(faces.landmarks[seen], rest), motion, views, seen, size)
     brows = median_filter(lift.numpy(), (2 * round(fps / 12) + 1, 1), mode="nearest")  # without blinks' jolts
