@@ -142,7 +142,7 @@ def track(
     parser = BiSeNetParser() if config.parsing == "bisenet" else None
     encoder, model = load_speech(config.speech), load_face_model(face_model)
     size = (scan.width_px, scan.height_px)
-    faces, cuts, motion = _find_motion(scan, model, load_template(model.kind), config, progress)
+    faces, cuts, motion, brows = _find_motion(scan, model, load_template(model.kind), config, progress)
     num_frames = len(faces.landmarks)
     face = measures(faces, np.arange(num_frames), motion, model)
     capture = partial(capture_report, scan, face, cuts=cuts, start=faces.start, num_frames=num_frames)
@@ -152,15 +152,16 @@ def track(
     crop = crop_maps(motion, size, config.size_px)
     locate = partial(_face_track, faces, crop=crop, size=size, crop_px=config.size_px)
     num_training = num_frames - min(round(config.held_out_s * config.fps), num_frames // 5)
-    frames, masks, wide = write_crops(scan, faces.start, crop, locate(motion), num_training, config.size_px, parser, progress)
-    motion, head, constants = _as_the_prior_sees(motion, locate, frames, masks)  # about the face, so that crops stay
-    motion, brows = _follow_head(motion, head, CropViews(frames, crop), faces, cuts, config.fps, size)
+    frames, masks, wide = write_crops(scan, faces.start, crop, locate(brows, motion), num_training, config.size_px, parser, progress)
+    motion, head, constants = _as_the_prior_sees(motion, partial(locate, brows), frames, masks)  # about the face, so that crops stay
+    if head is not None:
+        motion, brows = _follow_head(motion, brows, head, CropViews(frames, crop), faces.seen, cuts, config.fps, size)
     return Clip(
         frames=frames,
         fps=config.fps,
         waveform=sound,
         audio=encoder(sound, num_frames, config.fps),
-        track=locate(motion, brows),
+        track=locate(brows, motion),
         masks=masks,
         source=str(Path(video).resolve()),
         source_sha256=sha256_of(Path(video)),
@@ -171,21 +172,36 @@ def track(
 
 
 def _find_motion(
-    scan: VideoScan, model: FaceModel, head: FaceTemplate, config: TrackConfig, progress: Progress
-) -> tuple[Faces, tuple[int, ...], HeadMotion]:
-    """The faces, the shot changes among them, and the head's motion, refined by small pictures of the face that are kept on disk meanwhile."""
+    scan: VideoScan, model: FaceModel, template: FaceTemplate, config: TrackConfig, progress: Progress
+) -> tuple[Faces, tuple[int, ...], HeadMotion, Float[Tensor, "t 2"]]:
+    """The faces, the shot changes among them, the head's motion and how far the brows are drawn up.
+
+    Motion and brows are refined by small pictures of the face that are kept on disk meanwhile; brows before the motion is smoothed, which parts the
+    two where a head moves fast.
+    """
     size = (scan.width_px, scan.height_px)
     with tempfile.TemporaryFile() as file:
         views = FaceViews(file)
         faces = find_faces(scan, model, config, progress, views)
         cuts = _cuts_inside(scan, faces)
         seen = torch.nonzero(faces.seen)[:, 0]
+        points, pictures = faces.landmarks[seen], faces.start + seen
+        brows: list[Tensor] = []
 
         def refine(motion: HeadMotion) -> HeadMotion:
-            return settle_head_space(refine_motion(motion, views, faces.start + seen, size), faces.landmarks[seen], head, size)
+            motion = refine_motion(motion, views, pictures, size)
+            rest = torch.stack([motion.project(motion.face[list(brow)], (size[0] / 2, size[1] / 2)).float() for brow in BROWS], 1)
+            brows.append(_without_jolts(refine_brows(brow_lift(points, rest), motion, views, pictures, size), faces.seen, config.fps))
+            return settle_head_space(motion, points, template, size)
 
-        motion = solve_head_pose(faces.landmarks, head, size, faces.seen, cuts, config.fps, refine)
-    return faces, cuts, motion
+        motion = solve_head_pose(faces.landmarks, template, size, faces.seen, cuts, config.fps, refine)
+    return faces, cuts, motion, brows[0]
+
+
+def _without_jolts(brows: Float[Tensor, "s 2"], seen: Bool[Tensor, " t"], fps: float) -> Float[Tensor, "t 2"]:
+    """Brows of all frames from those of the frames that were seen, without what blinks do to them."""
+    calm = median_filter(brows.numpy(), (2 * round(fps / 12) + 1, 1), mode="nearest")
+    return _interpolate(np.arange(len(seen)), torch.nonzero(seen)[:, 0].numpy(), calm)
 
 
 def _cuts_inside(scan: VideoScan, faces: Faces) -> tuple[int, ...]:
@@ -275,8 +291,8 @@ def _interpolate(wanted: np.ndarray, known: np.ndarray, values: np.ndarray) -> T
     return torch.from_numpy(np.stack(columns, -1).reshape(len(wanted), *values.shape[1:])).float()
 
 
-def _face_track(faces: Faces, motion: HeadMotion, brows: Tensor | None = None, *, crop: np.ndarray, size: tuple[int, int], crop_px: int) -> FaceTrack:
-    """Everything known of the face, in crop px and head space; brows at rest where nothing is known of them yet."""
+def _face_track(faces: Faces, brows: Tensor, motion: HeadMotion, crop: np.ndarray, size: tuple[int, int], crop_px: int) -> FaceTrack:
+    """Everything known of the face, in crop px and head space."""
     cam2world = motion.cam2world()
     middle = torch.tensor([size[0] / 2, size[1] / 2], dtype=torch.float64)
     maps = torch.from_numpy(crop)
@@ -294,7 +310,7 @@ def _face_track(faces: Faces, motion: HeadMotion, brows: Tensor | None = None, *
         landmarks=(faces.landmarks.double() @ maps[:, :, :2].mT + maps[:, None, :, 2]).float(),
         anchors=anchors.flatten(1).float(),
         blink=blink,
-        upper_face=torch.cat([torch.zeros(len(blink), 2) if brows is None else brows, steady_gaze(gaze, blink)], 1),
+        upper_face=torch.cat([brows, steady_gaze(gaze, blink)], 1),
         eyes_shut=eyes_shut,
         gaze=gaze,
         expression=faces.expression,
@@ -321,18 +337,20 @@ def _as_the_prior_sees(
 
 
 def _follow_head(
-    motion: HeadMotion, head: Surface | None, views: CropViews, faces: Faces, cuts: tuple[int, ...], fps: float, size: tuple[int, int]
+    motion: HeadMotion,
+    brows: Float[Tensor, "t 2"],
+    head: Surface,
+    views: CropViews,
+    seen: Bool[Tensor, " t"],
+    cuts: tuple[int, ...],
+    fps: float,
+    size: tuple[int, int],
 ) -> tuple[HeadMotion, Float[Tensor, "t 2"]]:
-    """The motion refined by the whole head, by the face alone where its shape is not known, and how far the brows are drawn up.
-
-    Brows are looked at before the motion is smoothed, which parts the two where a head moves fast.
-    """
-    seen = torch.nonzero(faces.seen)[:, 0]
-    motion = refine_motion(motion.at(faces.seen), views, seen, size, head)
-    rest = torch.stack([motion.project(motion.face[list(brow)], (size[0] / 2, size[1] / 2)).float() for brow in BROWS], 1)
-    lift = refine_brows(brow_lift(faces.landmarks[seen], rest), motion, views, seen, size)
-    brows = median_filter(lift.numpy(), (2 * round(fps / 12) + 1, 1), mode="nearest")  # without blinks' jolts
-    return steadied(motion, faces.seen, cuts, fps), _interpolate(np.arange(len(faces.seen)), seen.numpy(), brows)
+    """The motion refined by the whole head, hair and ears as well, and how far the brows are drawn up on it."""
+    index = torch.nonzero(seen)[:, 0]
+    motion = refine_motion(motion.at(seen), views, index, size, head)
+    brows = _without_jolts(refine_brows(brows[seen], motion, views, index, size), seen, fps)
+    return steadied(motion, seen, cuts, fps), brows
 
 
 def _seen_views(face_track: FaceTrack, frames: np.ndarray, masks: FaceMasks, count: int) -> tuple[Tensor, Tensor, Camera]:
