@@ -154,8 +154,7 @@ def track(
     num_training = num_frames - min(round(config.held_out_s * config.fps), num_frames // 5)
     frames, masks, wide = write_crops(scan, faces.start, crop, locate(brows, motion), num_training, config.size_px, parser, progress)
     motion, head, constants = _as_the_prior_sees(motion, partial(locate, brows), frames, masks)  # about the face, so that crops stay
-    if head is not None:
-        motion, brows = _follow_head(motion, brows, head, CropViews(frames, crop), faces.seen, cuts, config.fps, size)
+    motion, brows = _follow_head(motion, brows, head, CropViews(frames, crop), faces.seen, cuts, config.fps, size)
     return Clip(
         frames=frames,
         fps=config.fps,
@@ -339,14 +338,16 @@ def _as_the_prior_sees(
 def _follow_head(
     motion: HeadMotion,
     brows: Float[Tensor, "t 2"],
-    head: Surface,
+    head: Surface | None,
     views: CropViews,
     seen: Bool[Tensor, " t"],
     cuts: tuple[int, ...],
     fps: float,
     size: tuple[int, int],
 ) -> tuple[HeadMotion, Float[Tensor, "t 2"]]:
-    """The motion refined by the whole head, hair and ears as well, and how far the brows are drawn up on it."""
+    """The motion refined by the whole head, hair and ears as well, and how far the brows are drawn up on it; as they are if its shape is not known."""
+    if head is None:
+        return motion, brows
     index = torch.nonzero(seen)[:, 0]
     motion = refine_motion(motion.at(seen), views, index, size, head)
     brows = _without_jolts(refine_brows(brows[seen], motion, views, index, size), seen, fps)
