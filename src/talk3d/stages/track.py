@@ -345,7 +345,7 @@ def _follow_head(
     fps: float,
     size: tuple[int, int],
 ) -> tuple[HeadMotion, Float[Tensor, "t 2"]]:
-    """The motion refined by the whole head, hair and ears as well, and how far the brows are drawn up on it; as they are if its shape is not known."""
+    """The motion refined by the whole head, hair and ears as well, and how far brows are drawn up on it; as they are if its shape is not known."""
     if head is None:
         return motion, brows
     index = torch.nonzero(seen)[:, 0]
