@@ -27,13 +27,18 @@ def beside(cameras: Camera) -> Camera:
     return Camera(cam2world=cameras.cam2world, intrinsics=intrinsics)
 
 
+def filmed(prior: Prior, head: torch.Tensor, cameras: Camera) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pictures of a head, not premultiplied, and their mattes."""
+    with torch.no_grad():
+        rendering = prior.generator.render(head, cameras)
+    alpha = rendering.alpha.clamp(0, 1)
+    return ((rendering.image + 1) / alpha.clamp_min(0.05) - 1).clamp(-1, 1), alpha
+
+
 def test_the_nod_and_the_turns_of_a_head_that_the_prior_knows_are_found(builtin: Prior):
     cameras = beside(head_camera(ANGLES))
     head = builtin.generator.mapping(torch.randn(1, builtin.generator.config.z_dim)).expand(4, -1, -1)
-    with torch.no_grad():
-        rendering = builtin.generator.render(head, cameras)
-    alpha = rendering.alpha.clamp(0, 1)
-    picture = ((rendering.image + 1) / alpha.clamp_min(0.05) - 1).clamp(-1, 1)  # not premultiplied
+    picture, alpha = filmed(builtin, head, cameras)
     found = find_nod(builtin, picture, alpha, nodded(cameras, math.radians(-4)))
     assert math.degrees(found) == pytest.approx(4 * SHARE, abs=0.8)
     middle = mean_rotation(cameras.cam2world[:, :3, :3].mT)
@@ -47,16 +52,14 @@ def test_the_shape_of_a_head_that_the_prior_knows_is_guessed(builtin: Prior):
     """Points lie where other cameras meet the true head, and face the front."""
     cameras = beside(head_camera(ANGLES))
     head = builtin.generator.mapping(torch.randn(1, builtin.generator.config.z_dim, generator=torch.Generator().manual_seed(1)))
+    camera = beside(head_camera(torch.zeros(1, 3)))
     with torch.no_grad():
-        rendering = builtin.generator.render(head.expand(4, -1, -1), cameras)
-        truth = builtin.generator.render(head, beside(head_camera(torch.zeros(1, 3))))
-    alpha = rendering.alpha.clamp(0, 1)
-    found = guessed_shape(builtin, ((rendering.image + 1) / alpha.clamp_min(0.05) - 1).clamp(-1, 1), alpha, cameras)
+        truth = builtin.generator.render(head, camera)
+    found = guessed_shape(builtin, *filmed(builtin, head.expand(4, -1, -1), cameras), cameras)
     assert found is not None
     points, normals = found
     assert len(points) > 2000 and points[:, 2].max() < 0.35
     assert torch.allclose(normals.norm(dim=-1), torch.ones(len(normals)), atol=1e-5) and (normals[:, 2] > -0.2).all()
-    camera = beside(head_camera(torch.zeros(1, 3)))
     place = project(points[None], camera)
     seen = torch.nn.functional.grid_sample(truth.depth, 2 * place[:, None] - 1, align_corners=False)[0, 0, 0]
     away = (points - camera.cam2world[0, :3, 3]).norm(dim=-1)

@@ -4,9 +4,8 @@ Face networks follow a nodding head only in part, and differently for each perso
 the person's points, and its pose corrected until the skin agrees with the mean of many frames (Gauss-Newton on six numbers, robust). Light stays
 while heads turn, so the mean, a second time round, follows the turn of the head.
 
-Once crops are cut and the prior has guessed the head's shape, hair and ears are followed as well: no expression moves them.
-
-Brows are followed in the same way, on a head whose pose is known by then: how far they are drawn up.
+Once crops are cut and the prior has guessed the head's shape, hair and ears are followed as well: no expression moves them. Brows are followed in
+the same way, on a head whose pose is known by then: how far they are drawn up.
 
 Reference: Baker and Matthews, Lucas-Kanade 20 years on, IJCV 2004.
 """
@@ -27,6 +26,7 @@ from talk3d.ops.geometry import inside_outline, rotation_from_vector, vector_fro
 from talk3d.perception.facetemplate import huber_weight
 from talk3d.perception.headpose import HeadMotion
 from talk3d.perception.landmarks import BROWS, LEFT_EYE_CORNERS, RIGHT_EYE_CORNERS
+from talk3d.perception.regions import FACE_OVAL
 
 SIDE_PX = 160
 """Side of the pictures of the face that are compared."""
@@ -46,8 +46,6 @@ MOVING_PARTS = (
     (300, 293, 334, 296, 336, 285, 417, 465, 453, 452, 451, 450, 449, 448, 261, 446, 265, 353, 276),
 )
 """Outlines of brow, lids and eye on either side, which are left out."""
-FACE_OUTLINE = (10, 338, 297, 332, 284, 251, 389, 356, 454, 323, 361, 288, 397, 365, 379, 378, 400, 377)
-FACE_OUTLINE += (152, 148, 176, 149, 150, 136, 172, 58, 132, 93, 234, 127, 162, 21, 54, 103, 67, 109)
 NOSE_TIP = 1
 """Outside the face and above this, hair and ears move with the head alone."""
 
@@ -161,15 +159,14 @@ class Surface:
     def rigid(cls, face: Float[Tensor, "p 3"], relief: float = RELIEF) -> "Surface":
         """Return what neither jaw nor lips move, on a face with its depth times `relief`; four lifts, see `_lifts`."""
         points, normals = _laid(face, relief)
-        kept = _within(points, face, FIXED_PARTS) & ~_within(points, face, MOVING_PARTS)
+        kept = _still(points, face)
         return cls(points[kept], normals[kept], _lifts(points[kept], face.float()))
 
     @classmethod
     def head(cls, points: Float[Tensor, "n 3"], normals: Float[Tensor, "n 3"], face: Float[Tensor, "p 3"]) -> "Surface":
         """Return what neither jaw nor lips move, and hair and ears, of a head of known shape; the lifts of `rigid`, outside the face none."""
-        inside = _within(points, face, (FACE_OUTLINE,))
-        still = _within(points, face, FIXED_PARTS) & ~_within(points, face, MOVING_PARTS)
-        kept = still | (~inside & (points[:, 1] > float(face[NOSE_TIP, 1])))
+        inside = _within(points, face, (FACE_OVAL,))
+        kept = _still(points, face) | (~inside & (points[:, 1] > float(face[NOSE_TIP, 1])))
         return cls(points[kept], normals[kept], _lifts(points[kept], face.float()) * inside[kept, None])
 
     @classmethod
@@ -393,7 +390,11 @@ class _Alignment:
         self.rotation[frames], self.translation[frames], self.drawn[frames] = rotation, translation, drawn
 
 
+def _still(points: Float[Tensor, "n 3"], face: Float[Tensor, "p 3"]) -> Bool[Tensor, " n"]:
+    """Which points of the face neither jaw nor lips, brows nor lids move."""
+    return _within(points, face, FIXED_PARTS) & ~_within(points, face, MOVING_PARTS)
+
+
 def _within(points: Float[Tensor, "n 3"], face: Float[Tensor, "p 3"], outlines: tuple[tuple[int, ...], ...]) -> Bool[Tensor, " n"]:
     """Which points lie, seen from the front, inside one of these outlines of the face's points."""
-    flat = face[:, :2].numpy()
-    return torch.from_numpy(np.any([inside_outline(points[:, :2].numpy(), flat[list(outline)]) for outline in outlines], 0))
+    return torch.from_numpy(np.any([inside_outline(points[:, :2].numpy(), face[list(outline), :2].numpy()) for outline in outlines], 0))

@@ -80,7 +80,8 @@ def find_nod(prior: Prior, image: Float[Tensor, "k 3 h w"], alpha: Float[Tensor,
     level, shown = level_views(image, alpha, cameras)
 
     def error(angle: float) -> float:
-        return _strangeness(prior, shown, nodded(level, angle), SIDE)
+        cameras = nodded(level, angle)
+        return _strangeness(prior, _guess(prior, shown, cameras), shown, cameras, SIDE)
 
     return SHARE * _likeliest(error, MOST_RAD, math.radians(0.3), 0.0)
 
@@ -103,7 +104,7 @@ def find_turns(
     def error(stretch: float) -> float:
         wider = widen_turns(cameras.cam2world, math.exp(stretch), middle.to(cameras.cam2world))
         level, shown = level_views(image, alpha, Camera(cam2world=wider, intrinsics=cameras.intrinsics))
-        return _strangeness(prior, shown, level, TURNS_SIDE)
+        return _strangeness(prior, _guess(prior, shown, level), shown, level, TURNS_SIDE)
 
     return math.exp(_likeliest(error, MOST_STRETCH, 0.01, TURNS_BIAS))
 
@@ -128,37 +129,39 @@ def guessed_shape(
         alpha: mattes, [0, 1].
         cameras: of them.
     """
-    front, side = head_camera(torch.zeros(1, 3)), SHAPE_SIDE
+    side = SHAPE_SIDE
     level, shown = level_views(image, alpha, cameras)
-    if _strangeness(prior, shown, level, TURNS_SIDE) > (KNOWN + STRANGE) / 2:
+    guess = _guess(prior, shown, level)
+    if _strangeness(prior, guess, shown, level, TURNS_SIDE) > (KNOWN + STRANGE) / 2:
         return None
+    rays = prior.generator.rays(head_camera(torch.zeros(1, 3)), side)
     with torch.no_grad():
-        rays = prior.generator.rays(front, side)
-        _, opacity, distance = prior.generator.render_rays(_guess(prior, shown, level), rays)
-    points, distance = ((values[0].unflatten(0, (side, side))) for values in (rays.origins + distance * rays.directions, distance))  # p p 3, p p 1
+        _, opacity, distance = prior.generator.render_rays(guess, rays)
+    points = (rays.origins + distance * rays.directions)[0].unflatten(0, (side, side))
+    opacity, distance = (values[0, :, 0].unflatten(0, (side, side)) for values in (opacity, distance))
     right, up = points[1:-1, 2:] - points[1:-1, :-2], points[:-2, 1:-1] - points[2:, 1:-1]
     step = (distance[1:-1, 2:] - distance[1:-1, :-2]).abs() + (distance[:-2, 1:-1] - distance[2:, 1:-1]).abs()
-    kept = (opacity[0].unflatten(0, (side, side))[1:-1, 1:-1] > SOLID)[..., 0] & (step < LEDGE)[..., 0]
+    kept = (opacity[1:-1, 1:-1] > SOLID) & (step < LEDGE)
     return points[1:-1, 1:-1][kept], F.normalize(torch.cross(right, up, dim=-1), dim=-1)[kept]
 
 
 def _guess(prior: Prior, shown: Float[Tensor, "k 4 h w"], cameras: Camera) -> Triplane:
     """The head that the prior guesses from level views."""
     generator = prior.generator
-    w = generator.mapping_network.w_avg[None]
-    if prior.encoder is not None:
-        w = w + prior.encoder(shown[None, :, :3], shown[None, :, 3:], cameras)
-    return generator.triplane(w[:, None].expand(-1, generator.num_ws, -1))
+    with torch.no_grad():
+        w = generator.mapping_network.w_avg[None]
+        if prior.encoder is not None:
+            w = w + prior.encoder(shown[None, :, :3], shown[None, :, 3:], cameras)
+        return generator.triplane(w[:, None].expand(-1, generator.num_ws, -1))
 
 
-def _strangeness(prior: Prior, shown: Float[Tensor, "k 4 h w"], cameras: Camera, side: int) -> float:
+def _strangeness(prior: Prior, guess: Triplane, shown: Float[Tensor, "k 4 h w"], cameras: Camera, side: int) -> float:
     """How far the prior's guess of the head is from the pictures of level views, mean absolute difference, with so many rays a side."""
     generator = prior.generator
+    planes = Triplane(planes=guess.planes.expand(len(cameras), -1, -1, -1, -1), axes=guess.axes)
     with torch.no_grad():
-        painted = _guess(prior, shown, cameras)
-        planes = Triplane(planes=painted.planes.expand(len(cameras), -1, -1, -1, -1), axes=painted.axes)
         features = generator.render_rays(planes, generator.rays(cameras, side))[0][..., :3].mT.unflatten(2, (side, side))  # k 3 s s
-        return float((2 * features - 1 - resize_to(shown[:, :3], side)).abs().mean())
+    return float((2 * features - 1 - resize_to(shown[:, :3], side)).abs().mean())
 
 
 def level_views(image: Float[Tensor, "k 3 h w"], alpha: Float[Tensor, "k 1 h w"], cameras: Camera) -> tuple[Camera, Float[Tensor, "k 4 h w"]]:
