@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from talk3d.ops.compositing import SAME, inner_matte, inverse, match_colours, membrane, paste, premultiply, resample, soft_window, unmix
+from talk3d.ops.compositing import SAME, inner_matte, inverse, match_colours, membrane, over, paste, premultiply, resample, soft_window, unmix
 
 CROP = np.array([[0.8, 0.1, -20.0], [-0.1, 0.8, -8.0]])
 SIDE = 48
@@ -17,6 +17,11 @@ def test_premultiplied_pictures_fade_to_black() -> None:
     image = torch.full((1, 3, 2, 2), 0.6)
     for alpha, expected in ((1.0, 0.6), (0.0, -1.0), (0.5, -0.2)):
         torch.testing.assert_close(premultiply(image, torch.full((1, 1, 2, 2), alpha)), torch.full((1, 3, 2, 2), expected))
+
+
+def test_a_picture_over_what_is_behind_is_their_mixture() -> None:
+    image, behind, alpha = 2 * torch.rand(2, 3, 6, 6) - 1, 2 * torch.rand(1, 3, 6, 6) - 1, torch.rand(2, 1, 6, 6)
+    torch.testing.assert_close(over(premultiply(image, alpha), alpha, behind), torch.lerp(behind.expand_as(image), image, alpha))
 
 
 def test_resampling_hits_pixel_centres() -> None:

@@ -150,7 +150,8 @@ def test_threads_find_the_gradients_that_one_thread_finds(
     found = lesson._find_gradients(index)
     losses = torch.zeros([])
     for part, seed in zip(index.split(sizes), torch.randint(2**62, (len(sizes),), generator=twin.generators["choice"]).tolist(), strict=True):
-        terms = twin._compare(twin._render(part, *(torch.Generator().manual_seed(seed) for _ in range(2)))[0], part)
+        choice, rays = (torch.Generator().manual_seed(seed) for _ in range(2))
+        terms = twin._compare(twin._render(part, choice, rays)[0], part, choice)
         losses = losses + sum(getattr(QUICK.weights, name) * term for name, term in terms.items()) * len(part) / 4
     losses.backward()
     torch.testing.assert_close(sum(getattr(QUICK.weights, name) * value for name, value in found.items()), losses.detach())

@@ -24,9 +24,11 @@ from talk3d.training.losses import (
     hearing_losses,
     laplacian_l1,
     laplacian_pyramid,
+    lay_over,
     mouth_shapes,
     picture_losses,
     quiet_frames,
+    random_backgrounds,
     run_chances,
     shut_mouth,
     temporal_loss,
@@ -87,6 +89,27 @@ def test_each_loss_sees_its_own_difference() -> None:
     assert {name: round(value.item(), 5) for name, value in denser.items()} == {"image": 0.0, "detail": 0.0, "alpha": 0.2, "raw": 0.0}
     heavier = picture_losses(rendering(image + 0.2, alpha), PictureTarget(image=image, alpha=alpha), torch.full((1, 1, 16, 16), 3.0))
     assert heavier["image"].item() == pytest.approx(0.6) and heavier["raw"].item() == pytest.approx(0.2)
+
+
+def test_over_something_bright_errors_of_opacity_are_seen() -> None:
+    image, alpha, grey = torch.zeros(2, 3, 16, 16), torch.full((2, 1, 16, 16), 0.5), torch.full((2, 3, 16, 16), 0.6)
+    same = picture_losses(*lay_over(rendering(image, alpha), PictureTarget(image=image, alpha=alpha), grey))
+    assert all(value.abs() < 1e-6 for value in same.values())
+    thinner = picture_losses(*lay_over(rendering(image, alpha - 0.1), PictureTarget(image=image, alpha=alpha), grey))
+    assert {name: round(value.item(), 5) for name, value in thinner.items()} == {"image": 0.16, "detail": 0.16, "alpha": 0.2, "raw": 0.16}
+    black = picture_losses(*lay_over(rendering(image, alpha - 0.1), PictureTarget(image=image, alpha=alpha), -torch.ones_like(image)))
+    assert black["image"].abs() < 1e-6 and black["raw"].abs() < 1e-6
+
+
+def test_half_of_the_runs_are_laid_over_the_plate_and_half_over_one_colour() -> None:
+    plate = 2 * torch.rand(3, 4, 4) - 1
+    drawn = random_backgrounds(plate, 1200, 3, torch.Generator().manual_seed(0)).unflatten(0, (400, 3))
+    assert bool((drawn == drawn[:, :1]).all())
+    first, even = drawn[:, 0], drawn[:, 0, :, :1, :1]
+    on_plate, flat = (first == plate).all((1, 2, 3)), (first == even).all((1, 2, 3))
+    assert bool((on_plate ^ flat).all()) and 160 < on_plate.sum() < 240
+    colours = even[flat].flatten(1)
+    assert colours.abs().max() <= 1 and colours.std(0).min() > 0.5 and len(colours.unique(dim=0)) == len(colours)
 
 
 def test_losses_do_not_depend_on_size_or_batch() -> None:

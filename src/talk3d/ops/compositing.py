@@ -19,6 +19,11 @@ def premultiply(image: Float[Tensor, "b 3 h w"], alpha: Float[Tensor, "b 1 h w"]
     return (image + 1) * alpha - 1
 
 
+def over(image: Float[Tensor, "b 3 h w"], alpha: Float[Tensor, "b 1 h w"], behind: Float[Tensor, "#b 3 #h #w"]) -> Float[Tensor, "b 3 h w"]:
+    """Lay a premultiplied picture over what is behind it; both in [-1, 1]."""
+    return image + (1 - alpha) * (behind + 1)
+
+
 HAIR_PX = 6
 """Hair that a matte leaves out is looked for this near to the person."""
 SAME = 0.04

@@ -31,9 +31,11 @@ from talk3d.training.losses import (
     PictureTarget,
     SideViews,
     hearing_losses,
+    lay_over,
     mouth_shapes,
     picture_losses,
     quiet_frames,
+    random_backgrounds,
     run_chances,
     shut_mouth,
     temporal_loss,
@@ -54,7 +56,7 @@ class LossWeights:
     """Weights of the terms of training; 0 leaves a term out."""
 
     image: float = 1.0
-    """L1 of the full picture, premultiplied over black."""
+    """L1 of the full picture, laid over what the film shows behind the person or over a colour, as are the next ones."""
     detail: float = 2.0
     """L1 of its Laplacian pyramid."""
     alpha: float = 0.5
@@ -301,7 +303,7 @@ class Lesson:
         """Predict deltaplanes of some of a step's frames, render, compare: their share in the terms and in the gradients."""
         choice, rays = torch.Generator().manual_seed(seed), torch.Generator(self.device).manual_seed(seed)
         rendering, planes, coefficients = self._render(index, choice, rays)
-        terms = self._compare(rendering, index)
+        terms = self._compare(rendering, index, choice)
         if self.sides is not None:
             terms["sides"] = self.sides.loss(self.avatar.personalized, self._at_rest(planes, coefficients), choice, rays)
         terms = {name: share * term for name, term in terms.items()}
@@ -326,8 +328,7 @@ class Lesson:
         tokens = avatar.conditioner(driving, choice, self.run_length)
         heard = avatar.conditioner.heard(tokens, driving)
         tracked = torch.rand(len(index) // self.run_length, 1, generator=choice) < self.config.tracked_mouth
-        tracked = tracked.repeat_interleave(self.run_length, 0)
-        mouth = torch.where(tracked.to(heard.device), self.heard.shapes.values[index].to(heard), heard)
+        mouth = torch.where(tracked.repeat_interleave(self.run_length, 0).to(heard.device), self.heard.shapes.values[index].to(heard), heard)
         person = avatar.personalized
         coefficients = avatar.conditioner.coefficients(driving, mouth)
         delta = Triplane(planes=self.predict(person.identity, tokens, coefficients), axes=person.triplane.axes)
@@ -338,9 +339,10 @@ class Lesson:
         """Return the first of the planes with the linear bases at rest."""
         return Triplane(planes=planes.planes[:1], axes=planes.axes) + self.avatar.predictor.blend(self.rest - coefficients[:1])
 
-    def _compare(self, rendering: Rendering, index: Int[Tensor, " b"]) -> dict[str, Float[Tensor, ""]]:
+    def _compare(self, rendering: Rendering, index: Int[Tensor, " b"], choice: torch.Generator) -> dict[str, Float[Tensor, ""]]:
         weights = self.config.weights
         target, emphasis = self._target(index)
+        rendering, target = lay_over(rendering, target, random_backgrounds(self.plate, len(index), self.run_length, choice).to(self.device))
         terms = picture_losses(rendering, target, emphasis)
         if weights.structure:
             terms["structure"] = structure_loss(rendering.image, target.image, emphasis)
@@ -376,8 +378,7 @@ class Lesson:
 
     def _driving(self, index: Int[Tensor, " b"], choice: torch.Generator) -> Driving:
         true = self.clip.driving(index)
-        noise = torch.randn(len(index) // self.run_length, *true.audio.shape[1:], generator=choice)
-        noise = noise.repeat_interleave(self.run_length, 0)
+        noise = torch.randn(len(index) // self.run_length, *true.audio.shape[1:], generator=choice).repeat_interleave(self.run_length, 0)
         return dataclasses.replace(true, audio=true.audio + self.config.audio_noise * noise).to(self.device)
 
 

@@ -19,7 +19,7 @@ from talk3d.models.avatar import Avatar, AvatarConfig, Performance, Personalized
 from talk3d.models.conditioning import ConditioningConfig
 from talk3d.models.deltaplane import DeltaplaneConfig
 from talk3d.models.renderer import RendererConfig
-from talk3d.ops.compositing import premultiply
+from talk3d.ops.compositing import over
 from talk3d.stages.lesson import Lesson, LessonConfig
 from talk3d.stages.personalize import background_plate, face_emphasis
 from talk3d.stages.viewpoints import trained_views
@@ -131,9 +131,10 @@ def picture_error(avatar: nn.Module, clip: Clip, frames: Int[Tensor, " v"], devi
     for index in chosen.split(4):
         driving = clip.driving(index).to(device)
         with torch.no_grad():
-            image = avatar.render(driving, clip.track.cameras[index].to(device)).image.cpu()
+            rendering = avatar.render(driving, clip.track.cameras[index].to(device))
+            image = over(rendering.image, rendering.alpha, avatar.background[None]).cpu()
         weight = face_emphasis(clip.track.landmarks[index].float(), image.shape[-1], 10.0, 10.0)
-        error = (image - premultiply(*clip.images(index))).abs().mean(1, keepdim=True)
+        error = (image - clip.images(index)[0]).abs().mean(1, keepdim=True)
         errors.append((error * weight).mean((1, 2, 3)) / weight.mean((1, 2, 3)))
     return torch.cat(errors).mean()
 

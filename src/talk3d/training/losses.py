@@ -4,7 +4,7 @@ Pictures are premultiplied over black in [-1, 1] and mattes in [0, 1] unless a d
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from talk3d.models.avatar import PersonalizedGenerator
 from talk3d.models.conditioning import Conditioner, quadratic
 from talk3d.models.renderer import TriplaneRenderer
 from talk3d.models.stylegan2 import resize_to
-from talk3d.ops.compositing import premultiply
+from talk3d.ops.compositing import over, premultiply
 from talk3d.ops.geometry import head_camera, view_angles
 from talk3d.types import AudioFeatures, Camera, Rendering, Triplane, Waveform
 
@@ -83,6 +83,30 @@ def picture_losses(rendering: Rendering, target: PictureTarget, weight: Float[Te
         "alpha": (rendering.alpha - target.alpha).abs().mean() + (rendering.raw_alpha - small_alpha).abs().mean(),
         "raw": (rendering.raw - small).abs().mean(),
     }
+
+
+def random_backgrounds(plate: Float[Tensor, "3 h w"], count: int, length: int, generator: torch.Generator) -> Float[Tensor, "b 3 h w"]:
+    """Draw what frames are laid over, [-1, 1]: with even chances the plate, as the film shows it, or a colour, over which no outline hides.
+
+    Args:
+        plate: what is behind the person in the film.
+        count: of the frames.
+        length: so many in a row have the same behind them.
+        generator: of the chances.
+    """
+    colour = 2 * torch.rand(count // length, 3, 1, 1, generator=generator) - 1
+    drawn = torch.where(torch.rand(count // length, 1, 1, 1, generator=generator) < 0.5, plate, colour)
+    return drawn.repeat_interleave(length, 0)
+
+
+def lay_over(rendering: Rendering, target: PictureTarget, behind: Float[Tensor, "b 3 H W"]) -> tuple[Rendering, PictureTarget]:
+    """Lay both, and the rendering before super-resolution, over what is behind them: so an outline counts as it is seen.
+
+    Over black, too much of a dark person costs little, and errors of colours and of opacity need not fit together.
+    """
+    small = resize_to(behind, rendering.raw.shape[-1])
+    image, raw = over(rendering.image, rendering.alpha, behind), over(rendering.raw, rendering.raw_alpha, small)
+    return replace(rendering, image=image, raw=raw), replace(target, image=over(target.image, target.alpha, behind))
 
 
 def temporal_loss(
