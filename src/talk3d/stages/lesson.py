@@ -342,7 +342,7 @@ class Lesson:
     def _compare(self, rendering: Rendering, index: Int[Tensor, " b"], choice: torch.Generator) -> dict[str, Float[Tensor, ""]]:
         weights = self.config.weights
         target, emphasis = self._target(index)
-        rendering, target = lay_over(rendering, target, random_backgrounds(self.plate, len(index), self.run_length, choice).to(self.device))
+        rendering, target = lay_over(rendering, target, random_backgrounds(self.avatar.background, len(index), self.run_length, choice))
         terms = picture_losses(rendering, target, emphasis)
         if weights.structure:
             terms["structure"] = structure_loss(rendering.image, target.image, emphasis)

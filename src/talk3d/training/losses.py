@@ -95,8 +95,9 @@ def random_backgrounds(plate: Float[Tensor, "3 h w"], count: int, length: int, g
         generator: of the chances.
     """
     colour = 2 * torch.rand(count // length, 3, 1, 1, generator=generator) - 1
-    drawn = torch.where(torch.rand(count // length, 1, 1, 1, generator=generator) < 0.5, plate, colour)
-    return drawn.repeat_interleave(length, 0)
+    chosen = torch.rand(count // length, 1, 1, 1, generator=generator) < 0.5
+    colour, chosen = (few.repeat_interleave(length, 0).to(plate.device) for few in (colour, chosen))
+    return torch.where(chosen, plate, colour)
 
 
 def lay_over(rendering: Rendering, target: PictureTarget, behind: Float[Tensor, "b 3 H W"]) -> tuple[Rendering, PictureTarget]:
