@@ -92,7 +92,7 @@ def test_cameras_follow_the_truth_and_points_lie_on_the_projected_head(clip: Cli
     found = clip.track.cameras.cam2world[:, :3, :3]
     _, turn, _ = fit_similarity(found.mT.reshape(-1, 3), expected.mT.reshape(-1, 3), with_scale=False)
     error = torch.rad2deg(view_angles(turn @ found) - view_angles(expected)).abs().mean(0)
-    assert error.max() < 0.2
+    assert error.max() < 0.12  # .15 where the face alone is followed
     mean_head = project(load_template("registry").points[None].expand(NUM_FRAMES, -1, -1), clip.track.cameras) * 256
     corners = [33, 133, 362, 263, 168, 1]
     assert (mean_head[:, corners] - clip.track.landmarks[:, corners]).norm(dim=-1).median() < 6

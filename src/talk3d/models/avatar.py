@@ -182,9 +182,7 @@ class Avatar(nn.Module):
         What depends only on the person is computed once for the batch; in evaluation without gradients it is kept until a weight changes.
         """
         tokens = self.conditioner(driving, generator)
-        return self.predictor.predict(
-            self._prepared(len(tokens)), tokens, self.conditioner.coefficients(driving, self.conditioner.heard(tokens, driving))
-        )
+        return self.predictor.predict(self._prepared(len(tokens)), tokens, self.conditioner.heard_coefficients(tokens, driving))
 
     def _prepared(self, batch: int) -> DeltaplanePrefix:
         if self.training or torch.is_grad_enabled():

@@ -275,7 +275,7 @@ class BakedAvatar:
 
     def _planes(self, driving: Driving) -> list[Float[Tensor, "b c h w"]]:
         tokens = self.conditioner(driving)
-        return self.deltaplane(tokens, self.conditioner.coefficients(driving, self.conditioner.heard(tokens, driving)))
+        return self.deltaplane(tokens, self.conditioner.heard_coefficients(tokens, driving))
 
 
 def _different_moments(avatar: Avatar, count: int = 4) -> Driving:

@@ -229,6 +229,10 @@ class Conditioner(nn.Module):
         driving = driving if self.limits is None else self.limits(driving)
         return torch.cat([mouth, 2 * driving.blink, 20 * driving.upper_face, 4 * driving.head_pose, 4 * driving.anchors[:, :2]], 1)
 
+    def heard_coefficients(self, tokens: Float[Tensor, "b 5 d"], driving: Driving) -> Float[Tensor, "b k"]:
+        """Return the weights of the linear bases of encoded frames, the mouth as it is heard."""
+        return self.coefficients(driving, self.heard(tokens, driving))
+
     def forward(self, driving: Driving, generator: torch.Generator | None = None, run_length: int = 1) -> Float[Tensor, "b 5 d"]:
         """Encode b frames; `generator` (training) replaces tokens other than the audio's by the null token at the configured rate.
 

@@ -45,7 +45,7 @@ class _Talker(nn.Module):
     ) -> Float[Tensor, "1 3 c s s"]:
         driving = Driving(audio=audio, blink=blink, head_pose=head_pose, anchors=anchors, upper_face=upper_face)
         tokens = self.conditioner(driving)
-        return torch.stack(self.deltaplane(tokens, self.conditioner.coefficients(driving, self.conditioner.heard(tokens, driving))), 1)
+        return torch.stack(self.deltaplane(tokens, self.conditioner.heard_coefficients(tokens, driving)), 1)
 
 
 class _Renderer(nn.Module):

@@ -217,7 +217,7 @@ class Lesson:
         with torch.no_grad():
             driving = self.clip.driving(frames).to(self.device)
             tokens = avatar.conditioner(driving)
-            coefficients = avatar.conditioner.coefficients(driving, avatar.conditioner.heard(tokens, driving))
+            coefficients = avatar.conditioner.heard_coefficients(tokens, driving)
         sample = (avatar.personalized.identity.detach().clone().requires_grad_(), tokens.requires_grad_(), coefficients)
         try:
             return cast(Callable[..., Tensor], torch.cuda.make_graphed_callables(tensors, sample, allow_unused_input=True))

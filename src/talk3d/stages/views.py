@@ -252,7 +252,7 @@ def network_share(avatar: Avatar, driving: Driving) -> float:
     """
     with torch.no_grad():
         tokens = avatar.conditioner(driving)
-        coefficients = avatar.conditioner.coefficients(driving, avatar.conditioner.heard(tokens, driving))
+        coefficients = avatar.conditioner.heard_coefficients(tokens, driving)
         prefix = avatar.predictor.prepare(avatar.personalized.triplane)
         calm_tokens = tokens.mean(0, keepdim=True).expand_as(tokens)
         planes, calm = (avatar.predictor.predict(prefix, one, coefficients).planes for one in (tokens, calm_tokens))
