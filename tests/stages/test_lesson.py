@@ -161,6 +161,17 @@ def test_threads_find_the_gradients_that_one_thread_finds(
             torch.testing.assert_close(mine.grad, plain.grad, atol=1e-6, rtol=1e-3)
 
 
+def test_pictures_are_compared_over_what_is_behind_them(avatar: Avatar, clip: Clip) -> None:
+    lesson, index = lesson_of(avatar, clip, QUICK), torch.tensor([1, 4])
+    choice, rays = (torch.Generator().manual_seed(3) for _ in range(2))
+    target, _ = lesson._target(index)
+    exact = replace(lesson._render(index, choice, rays)[0], image=target.image, alpha=target.alpha)
+    thinner = replace(exact, alpha=target.alpha - 0.1)
+    terms = [lesson._compare(rendering, index, torch.Generator().manual_seed(3)) for rendering in (exact, thinner)]
+    for name in ("image", "detail", "structure"):
+        assert terms[0][name].abs() < 1e-6 < 1e-3 < terms[1][name], name
+
+
 def test_consecutive_frames_serve_both_terms_that_need_them(avatar: Avatar, clip: Clip, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("talk3d.training.lips.load_sync_expert", lambda device: SyncExpert().eval().requires_grad_(False))
     found = terms(avatar, clip, replace(QUICK, weights=LossWeights(sync=0.1, temporal=1.0, likeness=0.3)))
