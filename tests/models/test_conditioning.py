@@ -73,7 +73,7 @@ def test_drop_rates_at_the_ends(rate: float, expected: bool) -> None:
 
 def test_coefficients_are_the_mouth_heard_and_what_was_tracked() -> None:
     model, given = conditioner(mouth_shapes=3), driving()
-    found = model.coefficients(given, model.heard(model(given), given))
+    found = model.heard_coefficients(model(given), given)
     assert found.shape == (3, model.config.num_coefficients) == (3, 13)
     torch.testing.assert_close(found[:, :3], model.mouth_head(model(given)[:, AUDIO]))
     torch.testing.assert_close(found[:, 3:], torch.cat([2 * given.blink, 20 * given.upper_face, 4 * given.head_pose, 4 * given.anchors[:, :2]], 1))
@@ -163,4 +163,4 @@ def test_the_released_encoders_are_reproduced(shared) -> None:
 
 def test_without_mouth_shapes_there_is_no_head_for_them() -> None:
     model, given = conditioner(mouth_shapes=0), driving()
-    assert model.mouth_head is None and model.coefficients(given, model.heard(model(given), given)).shape == (3, 10)
+    assert model.mouth_head is None and model.heard_coefficients(model(given), given).shape == (3, 10)

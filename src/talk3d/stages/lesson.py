@@ -56,13 +56,13 @@ class LossWeights:
     """Weights of the terms of training; 0 leaves a term out."""
 
     image: float = 1.0
-    """L1 of the full picture, laid over what the film shows behind the person or over a colour, as are the next ones."""
+    """L1 of the full picture, laid over what the film shows behind the person or over a colour, as in all terms that compare it with the film."""
     detail: float = 2.0
     """L1 of its Laplacian pyramid."""
     alpha: float = 0.5
     """L1 of the matte."""
     raw: float = 0.5
-    """L1 of the picture before super-resolution."""
+    """L1 of the picture before super-resolution, laid over the same."""
     structure: float = 0.5
     """1 - SSIM of the full picture: our offline perceptual term."""
     lips: float = 0.0
