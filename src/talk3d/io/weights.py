@@ -187,7 +187,9 @@ def _rebuild(kind: Any, value: Any) -> Any:
 
 
 def _fits(kind: Any, value: Any) -> bool:
-    """Whether a JSON value is of a plain kind, or one of the literals."""
+    """Whether a JSON value is of a plain kind, one of the literals, or may be a tuple."""
+    if typing.get_origin(kind) is tuple:
+        return isinstance(value, list)
     if typing.get_origin(kind) is typing.Literal:
         return value in typing.get_args(kind)
     if kind is float:

@@ -78,10 +78,20 @@ class PersonalizedGenerator(nn.Module):
         """The person's identity planes, batch 1."""
         return Triplane(planes=self.identity, axes=self.renderer.renderer_config.plane_axes)
 
-    def render(self, triplane: Triplane, camera: Camera, generator: torch.Generator | None = None) -> Rendering:
-        """Render planes near the identity's, looking only where this person's head can be; `generator` jitters the samples."""
+    def render(
+        self, triplane: Triplane, camera: Camera, head_pose: Float[Tensor, "b 3"] | None = None, generator: torch.Generator | None = None
+    ) -> Rendering:
+        """Render planes near the identity's, looking only where this person's head can be.
+
+        Args:
+            triplane: of b moments.
+            camera: of each.
+            head_pose: how the head is held on its neck; None: at rest.
+            generator: jitters the samples.
+        """
         occupied: Bool[Tensor, "s s s"] = self.occupied
-        return self.renderer.render_triplane(triplane, self.w, camera, generator=generator, occupied=occupied)
+        bent = self.renderer.renderer_config.bent(triplane, head_pose)
+        return self.renderer.render_triplane(bent, self.w, camera, generator=generator, occupied=occupied)
 
     def save(self, path: str | Path) -> None:
         """Write one file, weights as float16."""
@@ -198,7 +208,7 @@ class Avatar(nn.Module):
 
     def render(self, driving: Driving, camera: Camera) -> Rendering:
         """Render b frames as their cameras see them, deterministically."""
-        return self.personalized.render(self.personalized.triplane + self.deltaplane(driving), camera)
+        return self.personalized.render(self.personalized.triplane + self.deltaplane(driving), camera, driving.head_pose)
 
     def score_maps(self, driving: Driving) -> Float[Tensor, "l b h m k"]:
         """Return where the deltaplane looks, see `DeltaplanePredictor.score_maps`."""

@@ -270,7 +270,7 @@ class BakedAvatar:
         if self.rest is not None:
             calm = self._planes(replace(driving, audio=self.rest.expand_as(driving.audio)))
             planes = [torch.lerp(still, moved, self.expression) for still, moved in zip(calm, planes, strict=True)]
-        features, alpha, depth = self.renderer(planes, Camera(cam2world=cam2world, intrinsics=intrinsics))
+        features, alpha, depth = self.renderer(planes, Camera(cam2world=cam2world, intrinsics=intrinsics), driving.head_pose)
         return (*self.superresolution(features, alpha), features, alpha, depth)
 
     def _planes(self, driving: Driving) -> list[Float[Tensor, "b c h w"]]:

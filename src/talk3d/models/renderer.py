@@ -9,7 +9,7 @@ Reference: EG3D (arXiv 2112.07945), section 4.2 and 4.3.
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from talk3d.errors import ConfigError
 from talk3d.models.layers import EqualLinear
 from talk3d.models.superresolution import Superresolution, SuperresolutionConfig
-from talk3d.ops.geometry import move_camera, rotation_from_vector
+from talk3d.ops.geometry import Neck, move_camera, rotation_from_vector
 from talk3d.ops.guided import EMPTY, Cells, RowLookup, SteppedRays, guided_bins, guided_weights
 from talk3d.ops.planes import project_points, sample_planes
 from talk3d.ops.rays import camera_rays, limit_to_box, limit_to_occupied
@@ -29,6 +29,10 @@ from talk3d.types import Camera, PlaneAxes, Rays, Rendering, Triplane
 
 POINTS_AT_ONCE = 32768
 """Samples that a CPU looks at in one go: what they take is neither mapped anew for each frame nor far from the cache."""
+
+
+BENDS = torch.cartesian_prod(torch.arange(-36.0, 37.0, 12.0), torch.arange(-18.0, 19.0, 18.0), torch.zeros(1)).deg2rad()
+"""Yaw, pitch and roll from rest with which shoulders are looked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +75,8 @@ class RendererConfig:
     """Sizes of the super-resolution."""
     head_space: tuple[float, float, float, float, float, float, float] = (1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
     """Where head space, in which cameras are given, lies in that of the planes: a scale, a rotation vector and a shift, in this order."""
+    rest_pose: tuple[float, float, float] | None = None
+    """Yaw, pitch and roll, radians, at which neck and shoulders are as the planes show them. None: shoulders turn with the head, as in priors."""
 
     def __post_init__(self) -> None:
         """Refuse one limit of the rays without the other."""
@@ -83,6 +89,14 @@ class RendererConfig:
             return camera
         turn, shift = camera.cam2world.new_tensor(self.head_space[1:]).split(3)
         return move_camera(camera, self.head_space[0], rotation_from_vector(turn), shift)
+
+
+    def bent(self, triplane: Triplane, head_pose: Float[Tensor, "b 3"] | None) -> Triplane:
+        """Return volumes with necks bent as their heads are held, so that shoulders keep still before the camera; None leaves them at rest."""
+        if self.rest_pose is None or head_pose is None:
+            return triplane
+        neck = Neck.of(self.head_space, head_pose.device)
+        return replace(triplane, swing=neck.swing(head_pose, head_pose.new_tensor(self.rest_pose)))
 
 
 @functools.cache
@@ -118,6 +132,8 @@ class TriplaneRenderer(nn.Module):
 
     def _look_up(self, triplane: Triplane, points: Float[Tensor, "b n 3"]) -> Float[Tensor, "b n c"]:
         box_warp, planes = self.renderer_config.box_warp, triplane.planes
+        if triplane.swing is not None:
+            points = Neck.of(self.renderer_config.head_space, points.device).straighten(points, triplane.swing)
         if planes.device.type == "cpu" and planes.dtype == torch.float32 and not points.requires_grad:  # in a quarter of the time
             lookup = _cpu_lookup(triplane.axes, planes.shape[-1], box_warp)
             volume = torch.arange(len(planes)).repeat_interleave(points.shape[1]) if len(planes) > 1 else None
@@ -133,7 +149,7 @@ class TriplaneRenderer(nn.Module):
     def occupancy(self, triplane: Triplane, side: int = 64, threshold: float = 0.3, dilation: int = 3) -> Bool[Tensor, "s s s"]:
         """Return the cells of the cube (indexed z, y, x) where one volume is not empty, grown by `dilation` cells.
 
-        A cell counts as full when crossing it at its centre's density would absorb more than `threshold` percent of the light.
+        A cell counts as full when crossing it at its centre's density would absorb more than `threshold` percent of the light, however the neck is bent.
         """
         assert triplane.planes.shape[0] == 1, "occupancy is for one volume"
         centres = ((torch.arange(side, device=triplane.planes.device) + 0.5) / side - 0.5) * self.renderer_config.box_warp
@@ -141,8 +157,14 @@ class TriplaneRenderer(nn.Module):
         with torch.no_grad():
             density = self.query(triplane, torch.stack([x, y, z], -1).reshape(1, -1, 3))[0]
         absorbed = 1 - torch.exp(-F.softplus(density - 1) * (self.renderer_config.box_warp / side))
-        full = (absorbed > threshold / 100).view(1, 1, side, side, side).float()
-        return F.max_pool3d(full, 2 * dilation + 1, stride=1, padding=dilation)[0, 0] > 0
+        full = (absorbed > threshold / 100).view(side, side, side)
+        if self.renderer_config.rest_pose is not None:
+            cells, points = Cells.of(full, self.renderer_config.box_warp), torch.stack([x, y, z], -1).reshape(1, -1, 3)
+            poses = BENDS.to(points.device) + points.new_tensor(self.renderer_config.rest_pose)
+            neck = Neck.of(self.renderer_config.head_space, points.device)
+            swings = neck.swing(poses, points.new_tensor(self.renderer_config.rest_pose))
+            full = torch.stack([cells.occupied(neck.straighten(points, swing[None])[0]) for swing in swings]).any(0).view_as(full)
+        return F.max_pool3d(full[None, None].float(), 2 * dilation + 1, stride=1, padding=dilation)[0, 0] > 0
 
     def rays(self, camera: Camera, side: int) -> Rays:
         """Return the rays of square pictures of `side` pixels, in the planes' space, with the configured limits."""
@@ -269,7 +291,8 @@ class TriplaneRenderer(nn.Module):
             one = Rays(
                 **{name: getattr(rays, name)[i : i + 1, index] for name in ("origins", "directions", "near", "far")},
             )
-            volume = Triplane(planes=triplane.planes[i : i + 1], axes=triplane.axes)
+            swing = None if triplane.swing is None else triplane.swing[i : i + 1]
+            volume = replace(triplane, planes=triplane.planes[i : i + 1], swing=swing)
             features, alpha, depth = self.render_rays(volume, one) if generator is None else self.render_found(volume, one, generator)
             batches.append(
                 (
@@ -292,6 +315,8 @@ class GuidedRenderer:
         config = renderer.renderer_config
         self.config, self.dtype = config, dtype
         self.lookup = RowLookup.of(config.plane_axes, config.plane_resolution, config.box_warp, occupied.device)
+        self.neck = Neck.of(config.head_space, occupied.device)
+        self.rest_pose = None if config.rest_pose is None else torch.tensor(config.rest_pose, device=occupied.device)
         self.cells = Cells.of(occupied if bool(occupied.any()) else torch.ones_like(occupied), config.box_warp)
         hidden, out = _linear(renderer.decoder, 0), _linear(renderer.decoder, 2)
         self.hidden = hidden[0].div(3).to(dtype), hidden[1].to(dtype)  # the look-up sums where the plain one takes the mean
@@ -303,18 +328,19 @@ class GuidedRenderer:
         self.compact = occupied.device.type == "cpu"
 
     def __call__(
-        self, planes: list[Float[Tensor, "b c s s"]], camera: Camera
+        self, planes: list[Float[Tensor, "b c s s"]], camera: Camera, head_pose: Float[Tensor, "b 3"] | None = None
     ) -> tuple[Float[Tensor, "b f h w"], Float[Tensor, "b 1 h w"], Float[Tensor, "b 1 h w"]]:
-        """Return features in [-1, 1], opacity and distance of each ray."""
+        """Return features in [-1, 1], opacity and distance of each ray; `head_pose` as in `RendererConfig.bent`."""
         config, side, batch = self.config, self.config.neural_rendering_resolution, len(camera)
         camera = config.in_planes(camera)
         rows = self.lookup.rows([plane.to(self.dtype) for plane in planes])
+        swing = None if head_pose is None or self.rest_pose is None else self.neck.swing(head_pose, self.rest_pose)
         near, far = self._span(camera)
         step = (far - near) / (self.num_coarse - 1)
-        (weights,) = self._in_parts(self._look, self.num_coarse, rows, self._rays(camera, self.coarse_side, near, step))
+        (weights,) = self._in_parts(self._look, self.num_coarse, rows, self._rays(camera, self.coarse_side, near, step, swing))
         weights = weights.view(batch, self.coarse_side, self.coarse_side, -1).permute(0, 3, 1, 2)  # b m h w
         weights = F.interpolate(weights, size=(side, side), mode="bilinear").permute(0, 2, 3, 1).flatten(0, 2)  # r m
-        rays = self._rays(camera, side, near, step)
+        rays = self._rays(camera, side, near, step, swing)
         empty = far.repeat_interleave(side**2)[:, None]
         if self.compact:
             kept = (weights.amax(1) > 1e-3).nonzero()[:, 0]
@@ -333,11 +359,21 @@ class GuidedRenderer:
             near, far = near.clamp(min=scale * self.config.ray_start), far.clamp(max=scale * self.config.ray_end)
         return near, far
 
-    def _rays(self, camera: Camera, side: int, near: Float[Tensor, " b"], step: Float[Tensor, " b"]) -> SteppedRays:
+    def _rays(
+        self, camera: Camera, side: int, near: Float[Tensor, " b"], step: Float[Tensor, " b"], swing: Float[Tensor, "b 3 3"] | None
+    ) -> SteppedRays:
         rays = camera_rays(camera, side, 0.0, 1.0)
         volume = torch.arange(len(camera), device=near.device).repeat_interleave(side**2)
-        origins, directions = rays.origins.flatten(0, 1), rays.directions.flatten(0, 1)
-        return SteppedRays(origins=origins, directions=directions, volume=volume, near=near[volume, None], step=step[volume, None])
+        span = {"volume": volume, "near": near[volume, None], "step": step[volume, None]}
+        swung = None
+        if swing is not None:
+            origins, directions = (rays.origins - self.neck.pivot) @ swing.mT, rays.directions @ swing.mT
+            swung = SteppedRays(origins=origins.flatten(0, 1), directions=directions.flatten(0, 1), **span)
+        return SteppedRays(origins=rays.origins.flatten(0, 1), directions=rays.directions.flatten(0, 1), swung=swung, **span)
+
+    def _at_rest(self, points: Float[Tensor, "n 3"], rays: SteppedRays, distances: Float[Tensor, "r s"]) -> Float[Tensor, "n 3"]:
+        """Return where points of rays are when necks are not bent."""
+        return points if rays.swung is None else torch.addcmul(points, self.neck.share(points), rays.swung.points(distances))
 
     def _in_parts(self, work: Callable[..., list[Tensor]], samples: int, rows: Tensor, *of_rays: SteppedRays | Tensor) -> list[Tensor]:
         if not self.compact:
@@ -349,7 +385,7 @@ class GuidedRenderer:
         """Return the weights of equal steps along rays."""
         distances = rays.near + rays.step * torch.arange(self.num_coarse, device=rays.near.device)  # r s
         points, volume = rays.points(distances), rays.volume.repeat_interleave(self.num_coarse)
-        full = self.cells.occupied(points)
+        full, points = self.cells.occupied(points), self._at_rest(points, rays, distances)
         if self.compact:
             index = full.nonzero()[:, 0]
             found = self._density(self._hidden(rows, points[index], volume[index]))
@@ -362,8 +398,9 @@ class GuidedRenderer:
         """Return features, opacity and distance of rays."""
         distances = rays.near + guided_bins(weights, self.num_fine) * rays.step
         points = rays.points(distances)
-        hidden = self._hidden(rows, points, rays.volume.repeat_interleave(self.num_fine))
-        density = torch.where(self.cells.occupied(points), self._density(hidden), EMPTY).view(distances.shape)
+        full = self.cells.occupied(points)
+        hidden = self._hidden(rows, self._at_rest(points, rays, distances), rays.volume.repeat_interleave(self.num_fine))
+        density = torch.where(full, self._density(hidden), EMPTY).view(distances.shape)
         shares = guided_weights(density, distances)
         colours = torch.sigmoid_(F.linear(hidden, *self.colour))
         index = torch.arange(len(points), device=points.device, dtype=torch.int32).view(distances.shape)

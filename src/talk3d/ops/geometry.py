@@ -1,6 +1,8 @@
 """Rotations, cameras on a sphere round the head, rigid motions between point sets, and outlines. Imports nothing above `types`."""
 
+import functools
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,6 +20,10 @@ HEAD_PIVOT = (0.0, 0.0, 0.2)
 """The point of the head that EG3D's cameras look at, scene units."""
 FACE_MIDDLE = (0.0, 0.0, 0.15)
 """Of the skin between eyes and mouth, about, scene units."""
+SPINE_TOP = (0.0, -0.15, -0.06)
+"""Round which heads turn, scene units: of all points fixed to the head, cameras see it move least, within 0.05 in five rendered people and a real one."""
+SHOULDERS_Y, CHIN_Y = -0.42, -0.2
+"""Heights between which the neck bends, scene units."""
 
 
 def rotation_from_vector(vector: Float[Tensor, "*b 3"]) -> Float[Tensor, "*b 3 3"]:
@@ -72,16 +78,21 @@ def look_at(
         radius: distance to the pivot, scene units.
         pivot: scene units.
     """
+    rotation = view_rotation(angles)
+    centre = torch.tensor(pivot, dtype=angles.dtype, device=angles.device) - radius * rotation[..., 2]
+    top = torch.cat([rotation, centre[..., None]], -1)  # *b 3 4
+    bottom = torch.tensor([0.0, 0.0, 0.0, 1.0], dtype=angles.dtype, device=angles.device).expand(*top.shape[:-2], 1, 4)
+    return torch.cat([top, bottom], -2)
+
+
+def view_rotation(angles: Float[Tensor, "*b 3"]) -> Float[Tensor, "*b 3 3"]:
+    """Camera-to-world rotations of the cameras of `look_at`."""
     yaw, pitch, roll = angles.unbind(-1)
     backward = torch.stack([yaw.sin() * pitch.cos(), pitch.sin(), yaw.cos() * pitch.cos()], -1)
     right = torch.stack([yaw.cos(), torch.zeros_like(yaw), -yaw.sin()], -1)
     down = torch.cross(-backward, right, dim=-1)
     cosine, sine = roll.cos()[..., None], roll.sin()[..., None]
-    centre = torch.tensor(pivot, dtype=angles.dtype, device=angles.device) + radius * backward
-    columns = [cosine * right + sine * down, cosine * down - sine * right, -backward, centre]
-    top = torch.stack(columns, -1)  # *b 3 4
-    bottom = torch.tensor([0.0, 0.0, 0.0, 1.0], dtype=angles.dtype, device=angles.device).expand(*top.shape[:-2], 1, 4)
-    return torch.cat([top, bottom], -2)
+    return torch.stack([cosine * right + sine * down, cosine * down - sine * right, -backward], -1)
 
 
 def view_angles(rotation: Float[Tensor, "*b 3 3"]) -> Float[Tensor, "*b 3"]:
@@ -89,7 +100,7 @@ def view_angles(rotation: Float[Tensor, "*b 3 3"]) -> Float[Tensor, "*b 3"]:
     backward = -rotation[..., :, 2]
     yaw = torch.atan2(backward[..., 0], backward[..., 2])
     pitch = torch.asin(backward[..., 1].clamp(-1, 1))
-    level = look_at(torch.stack([yaw, pitch, torch.zeros_like(yaw)], -1))[..., :3, :3]
+    level = view_rotation(torch.stack([yaw, pitch, torch.zeros_like(yaw)], -1))
     right = rotation[..., :, 0]
     roll = torch.atan2((right * level[..., :, 1]).sum(-1), (right * level[..., :, 0]).sum(-1))
     return torch.stack([yaw, pitch, roll], -1)
@@ -101,6 +112,44 @@ def move_camera(camera: Camera, scale: float, turn: Float[Tensor, "3 3"], shift:
     cam2world[..., :3, :3] = turn @ camera.cam2world[..., :3, :3]
     cam2world[..., :3, 3] = scale * camera.cam2world[..., :3, 3] @ turn.mT + shift
     return Camera(cam2world=cam2world, intrinsics=camera.intrinsics)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Neck:
+    """Where a head turns on its shoulders, which keep still before the camera: above the chin all turns, down to the shoulders less and less."""
+
+    pivot: Float[Tensor, "3"]
+    frame: Float[Tensor, "3 3"]
+    """From axes of the head to those in which the neck lies."""
+    shoulders: float
+    chin: float
+
+    @classmethod
+    @functools.cache
+    def of(cls, placed: tuple[float, ...], device: torch.device) -> "Neck":
+        """Return the neck of heads that are placed so: a scale, a rotation vector and a shift."""
+        frame, shift = rotation_from_vector(torch.tensor(placed[1:4])), torch.tensor(placed[4:])
+        below = float(shift @ frame[:, 1])
+        return cls(
+            pivot=(placed[0] * frame @ torch.tensor(SPINE_TOP) + shift).to(device),
+            frame=frame.to(device),
+            shoulders=placed[0] * SHOULDERS_Y + below,
+            chin=placed[0] * CHIN_Y + below,
+        )
+
+    def swing(self, head_pose: Float[Tensor, "b 3"], rest: Float[Tensor, " 3"]) -> Float[Tensor, "b 3 3"]:
+        """Return what, times the way from the pivot, leads from shoulders to where they are at rest; both poses as `view_angles` has them."""
+        back = view_rotation(rest) @ view_rotation(head_pose).mT
+        return self.frame @ (back - torch.eye(3, device=back.device)) @ self.frame.mT
+
+    def share(self, points: Float[Tensor, "*b 3"]) -> Float[Tensor, "*b 1"]:
+        """Return how much points belong to the shoulders: 0 to 1, smoothly."""
+        share = ((self.chin - points @ self.frame[:, 1:2]) / (self.chin - self.shoulders)).clamp(0, 1)
+        return share.square() * (3 - 2 * share)
+
+    def straighten(self, points: Float[Tensor, "b n 3"], swing: Float[Tensor, "b 3 3"]) -> Float[Tensor, "b n 3"]:
+        """Return where points are when the head is held as at rest."""
+        return torch.addcmul(points, self.share(points), (points - self.pivot) @ swing.mT)
 
 
 def mean_rotation(rotation: Float[Tensor, "b 3 3"]) -> Float[Tensor, "3 3"]:

@@ -151,10 +151,13 @@ class SteppedRays:
     near: Float[Tensor, "r 1"]
     """Distance of the first step."""
     step: Float[Tensor, "r 1"]
+    swung: "SteppedRays | None" = None
+    """Where bent necks are in sight: what is added, by its share, to points of the rays to find them at rest (`Neck`); its points are that."""
 
     def __getitem__(self, index: Int[Tensor, " k"] | slice) -> "SteppedRays":
         """Return some of the rays."""
-        return SteppedRays(**{name: getattr(self, name)[index] for name in self.__dataclass_fields__})
+        own = {name: getattr(self, name)[index] for name in ("origins", "directions", "volume", "near", "step")}
+        return SteppedRays(**own, swung=None if self.swung is None else self.swung[index])
 
     def split(self, size: int) -> list["SteppedRays"]:
         """Return lists of `size` rays, the last one shorter."""

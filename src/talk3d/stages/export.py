@@ -58,8 +58,14 @@ class _Renderer(nn.Module):
         self.render.compact = False
         self.enlarge = BakedSuperresolution(person.renderer.superresolution, person.w, torch.float32)
 
-    def forward(self, planes: Float[Tensor, "1 3 c s s"], cam2world: Float[Tensor, "1 4 4"], intrinsics: Float[Tensor, "1 3 3"]) -> Tensor:
-        features, alpha, _ = self.render(list(planes.unbind(1)), Camera(cam2world=cam2world, intrinsics=intrinsics))
+    def forward(
+        self,
+        planes: Float[Tensor, "1 3 c s s"],
+        cam2world: Float[Tensor, "1 4 4"],
+        intrinsics: Float[Tensor, "1 3 3"],
+        head_pose: Float[Tensor, "1 3"],
+    ) -> Tensor:
+        features, alpha, _ = self.render(list(planes.unbind(1)), Camera(cam2world=cam2world, intrinsics=intrinsics), head_pose)
         image, opacity = self.enlarge(features, alpha)
         return torch.cat([(image + 1) / 2, opacity], 1).clamp(0, 1)
 
@@ -109,7 +115,7 @@ def export_onnx(avatar: Avatar, folder: Path) -> list[Path]:
     camera = avatar.performance.cameras.to("cpu")[:1]
     with torch.no_grad():
         talker, renderer = _Talker(avatar).eval(), _Renderer(avatar).eval()
-        seen = {"planes": talker(**heard), "cam2world": camera.cam2world, "intrinsics": camera.intrinsics}
+        seen = {"planes": talker(**heard), "cam2world": camera.cam2world, "intrinsics": camera.intrinsics, "head_pose": done["head_pose"]}
         _write_graph(talker, heard, "planes", folder / TALKER)
         _write_graph(renderer, seen, "rgba", folder / RENDERER)
     card = {

@@ -84,6 +84,8 @@ class Views:
     """Pictures of one number, counted from 0, show the same moment."""
     emphasis: Float[Tensor, "k 1 h w"] | None = None
     """How much each pixel counts, mean about 1; None means all the same."""
+    head_pose: Float[Tensor, "k 3"] | None = None
+    """How the head is held on its neck; None: shoulders turn with the head."""
     validation: "Views | None" = None
     """Further pictures, not learnt from: the tuned generator that shows them best is kept. None keeps the last."""
     wide: "Views | None" = None
@@ -222,8 +224,10 @@ class _Tuned(nn.Module):
         painted = self.generator.triplane(ws)
         return Triplane(planes=painted.planes + self.own * self.share, axes=painted.axes)
 
-    def render(self, ws: Float[Tensor, "b n w"], camera: Camera, rays: torch.Generator | None = None) -> Rendering:
-        seen = self.triplane(ws)
+    def render(
+        self, ws: Float[Tensor, "b n w"], camera: Camera, head_pose: Float[Tensor, "b 3"] | None, rays: torch.Generator | None = None
+    ) -> Rendering:
+        seen = self.generator.renderer_config.bent(self.triplane(ws), head_pose)
         return self.generator.render_triplane(seen, ws[:, -1], camera, generator=rays, neural_rendering_resolution=self.rays)
 
 
@@ -238,6 +242,7 @@ class _Search:
         self.codes = _Codes(guess_codes(prior, views), prior.w_std, self.generator.num_ws).to(device)
         self.image, self.alpha = views.target.image.to(device), views.target.alpha.to(device)
         self.cameras, self.moment = views.cameras.to(device), views.moment.to(device)
+        self.head_pose = None if views.head_pose is None else views.head_pose.to(device)
         self.emphasis = None if views.emphasis is None else views.emphasis.to(device)
         self.wide = views.wide if config.wide_weight else None
         with torch.no_grad():
@@ -260,7 +265,8 @@ class _Search:
         self._set_rate(number, inverting)
         index = torch.randperm(len(self.cameras), generator=self.generators["choice"])[: self.config.frames_per_step].to(self.device)
         ws = self.codes.rows(self.moment[index])
-        rendering = self.tuned.render(ws, self.cameras[index], self.generators["rays"])
+        head_pose = None if self.head_pose is None else self.head_pose[index]
+        rendering = self.tuned.render(ws, self.cameras[index], head_pose, self.generators["rays"])
         target = PictureTarget(image=self.image[index], alpha=self.alpha[index])
         terms = picture_losses(rendering, target, None if self.emphasis is None else self.emphasis[index])
         weights = dict(LOSS_WEIGHTS)
@@ -296,7 +302,8 @@ class _Search:
         rows = self.codes.person_rows().expand(len(views.cameras), -1, -1)
         emphasis = 1.0 if views.emphasis is None else views.emphasis.to(self.device)
         with torch.no_grad():
-            image = self.tuned.render(rows, views.cameras.to(self.device)).image
+            head_pose = None if views.head_pose is None else views.head_pose.to(self.device)
+            image = self.tuned.render(rows, views.cameras.to(self.device), head_pose).image
         return ((image - views.target.image.to(self.device)).abs() * emphasis).mean()
 
     def drift(self, generator: TriplaneGenerator, count: int = 8) -> float:
@@ -341,7 +348,8 @@ class _Search:
         *wanted, counts = wanted[..., row::step, column::step].flatten(2).mT.to(self.device).split([3, 1, 1], -1)  # b r c
         camera = wide.cameras[index].every(step, row, column, side).to(self.device)
         rows = self.codes.person_rows().detach()
-        found = _look(self.generator, self.tuned.triplane(rows), camera, side // step)
+        head_pose = None if wide.head_pose is None else wide.head_pose[index].to(self.device)
+        found = _look(self.generator, self.generator.renderer_config.bent(self.tuned.triplane(rows), head_pose), camera, side // step)
         different = sum((now - then).abs().mean(-1, keepdim=True) for now, then in zip(found, wanted, strict=False))
         return (different * counts).mean()
 

@@ -333,7 +333,7 @@ class Lesson:
         coefficients = avatar.conditioner.coefficients(driving, mouth)
         delta = Triplane(planes=self.predict(person.identity, tokens, coefficients), axes=person.triplane.axes)
         planes = person.triplane + delta
-        return person.render(planes, self.clip.track.cameras[index].to(self.device), rays), planes, coefficients
+        return person.render(planes, self.clip.track.cameras[index].to(self.device), driving.head_pose, rays), planes, coefficients
 
     def _at_rest(self, planes: Triplane, coefficients: Float[Tensor, "b k"]) -> Triplane:
         """Return the first of the planes with the linear bases at rest."""

@@ -3,6 +3,7 @@
 Reference: VIVE3D (arXiv 2303.15893), section 3.1; pivotal tuning (arXiv 2106.05744).
 """
 
+import copy
 import dataclasses
 import math
 from collections.abc import Iterator
@@ -145,7 +146,7 @@ def personalize(
     steady = where_steady(clip, plate)
     learnt, kept = (_views(clip, frames, plate, steady) for frames in (chosen, validation))
     views = dataclasses.replace(learnt, validation=kept, wide=_wide_views(clip))
-    inversion = invert(prior, views, config, device=device, seed=seed, progress=progress, checkpoint=checkpoint, stage="personalize")
+    inversion = invert(at_rest(prior, clip), views, config, device=device, seed=seed, progress=progress, checkpoint=checkpoint, stage="personalize")
     provenance = {
         "prior": prior.provenance,
         "source_sha256": clip.source_sha256,
@@ -157,6 +158,15 @@ def personalize(
     return inversion.personalized(provenance)
 
 
+def at_rest(prior: Prior, clip: Clip) -> Prior:
+    """Return the prior, its networks shared, with shoulders as they are when the person holds the head as mostly in the training part."""
+    rest = clip.track.head_pose[: clip.num_training_frames].float().mean(0)
+    generator = copy.copy(prior.generator)
+    generator.renderer_config = dataclasses.replace(generator.renderer_config, rest_pose=tuple(rest.tolist()))
+    generator.config = dataclasses.replace(generator.config, renderer=generator.renderer_config)
+    return Prior(generator=generator, w_std=prior.w_std, provenance=prior.provenance, encoder=prior.encoder)
+
+
 def _views(clip: Clip, frames: Int[Tensor, " k"], plate: Float[Tensor, "3 h w"], steady: Float[Tensor, "1 h w"]) -> Views:
     """Frames of the clip, each a moment of its own."""
     target = foreground(clip, frames, plate, steady)
@@ -164,6 +174,7 @@ def _views(clip: Clip, frames: Int[Tensor, " k"], plate: Float[Tensor, "3 h w"],
         target=target,
         cameras=clip.track.cameras[frames],
         moment=torch.arange(len(frames)),
+        head_pose=clip.track.head_pose[frames].float(),
         emphasis=face_emphasis(clip.track.landmarks[frames].float(), target.image.shape[-1], 3.0, 2.0),
     )
 
@@ -178,6 +189,7 @@ def _wide_views(clip: Clip) -> Views | None:
         target=PictureTarget(image=premultiply(image, alpha), alpha=alpha),
         cameras=clip.wide_cameras(),
         moment=torch.arange(len(image)),
+        head_pose=clip.track.head_pose[clip.wide.frames].float(),
         emphasis=torch.from_numpy(clip.wide.beyond)[:, None].float(),
     )
 

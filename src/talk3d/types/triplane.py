@@ -1,6 +1,6 @@
 """Tri-planes: three feature pictures that together describe a volume."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -20,6 +20,8 @@ class Triplane:
 
     planes: Float[Tensor, "*b 3 c h w"]
     axes: PlaneAxes
+    swing: Float[Tensor, "b 3 3"] | None = None
+    """How necks are bent, see `ops.geometry.Neck`; None: as the planes show them."""
 
     def __add__(self, delta: "Triplane") -> "Triplane":
         """Add a deltaplane.
@@ -29,8 +31,8 @@ class Triplane:
         """
         if delta.axes != self.axes:
             raise ShapeError(f"planes with axes {self.axes!r} and {delta.axes!r} cannot be added: use models of one prior")
-        return Triplane(planes=self.planes + delta.planes, axes=self.axes)
+        return replace(self, planes=self.planes + delta.planes)
 
     def to(self, device: torch.device | str) -> "Triplane":
         """Return the same planes on another device."""
-        return Triplane(planes=self.planes.to(device), axes=self.axes)
+        return replace(self, planes=self.planes.to(device), swing=None if self.swing is None else self.swing.to(device))
