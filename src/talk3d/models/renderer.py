@@ -21,7 +21,7 @@ from talk3d.errors import ConfigError
 from talk3d.models.layers import EqualLinear
 from talk3d.models.superresolution import Superresolution, SuperresolutionConfig
 from talk3d.ops.geometry import Neck, move_camera, rotation_from_vector
-from talk3d.ops.guided import EMPTY, Cells, RowLookup, SteppedRays, guided_bins, guided_weights
+from talk3d.ops.guided import EMPTY, Cells, RowLookup, SteppedRays, guided_bins, guided_weights, swept
 from talk3d.ops.planes import project_points, sample_planes
 from talk3d.ops.rays import camera_rays, limit_to_box, limit_to_occupied
 from talk3d.ops.volume import composite, importance_distances, segment_weights, stratified_distances
@@ -29,10 +29,6 @@ from talk3d.types import Camera, PlaneAxes, Rays, Rendering, Triplane
 
 POINTS_AT_ONCE = 32768
 """Samples that a CPU looks at in one go: what they take is neither mapped anew for each frame nor far from the cache."""
-
-
-BENDS = torch.cartesian_prod(torch.arange(-36.0, 37.0, 12.0), torch.arange(-18.0, 19.0, 18.0), torch.zeros(1)).deg2rad()
-"""Yaw, pitch and roll from rest with which shoulders are looked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,13 +86,12 @@ class RendererConfig:
         turn, shift = camera.cam2world.new_tensor(self.head_space[1:]).split(3)
         return move_camera(camera, self.head_space[0], rotation_from_vector(turn), shift)
 
-
     def bent(self, triplane: Triplane, head_pose: Float[Tensor, "b 3"] | None) -> Triplane:
         """Return volumes with necks bent as their heads are held, so that shoulders keep still before the camera; None leaves them at rest."""
         if self.rest_pose is None or head_pose is None:
             return triplane
-        neck = Neck.of(self.head_space, head_pose.device)
-        return replace(triplane, swing=neck.swing(head_pose, head_pose.new_tensor(self.rest_pose)))
+        swing = Neck.of(self.head_space, head_pose.device).swing(head_pose, head_pose.new_tensor(self.rest_pose))
+        return replace(triplane, swing=swing)
 
 
 @functools.cache
@@ -149,7 +144,8 @@ class TriplaneRenderer(nn.Module):
     def occupancy(self, triplane: Triplane, side: int = 64, threshold: float = 0.3, dilation: int = 3) -> Bool[Tensor, "s s s"]:
         """Return the cells of the cube (indexed z, y, x) where one volume is not empty, grown by `dilation` cells.
 
-        A cell counts as full when crossing it at its centre's density would absorb more than `threshold` percent of the light, however the neck is bent.
+        A cell counts as full when crossing it at its centre's density would absorb more than `threshold` percent of the light, with the neck bent
+        in any usual way.
         """
         assert triplane.planes.shape[0] == 1, "occupancy is for one volume"
         centres = ((torch.arange(side, device=triplane.planes.device) + 0.5) / side - 0.5) * self.renderer_config.box_warp
@@ -159,11 +155,7 @@ class TriplaneRenderer(nn.Module):
         absorbed = 1 - torch.exp(-F.softplus(density - 1) * (self.renderer_config.box_warp / side))
         full = (absorbed > threshold / 100).view(side, side, side)
         if self.renderer_config.rest_pose is not None:
-            cells, points = Cells.of(full, self.renderer_config.box_warp), torch.stack([x, y, z], -1).reshape(1, -1, 3)
-            poses = BENDS.to(points.device) + points.new_tensor(self.renderer_config.rest_pose)
-            neck = Neck.of(self.renderer_config.head_space, points.device)
-            swings = neck.swing(poses, points.new_tensor(self.renderer_config.rest_pose))
-            full = torch.stack([cells.occupied(neck.straighten(points, swing[None])[0]) for swing in swings]).any(0).view_as(full)
+            full = swept(full, self.renderer_config.box_warp, Neck.of(self.renderer_config.head_space, full.device), self.renderer_config.rest_pose)
         return F.max_pool3d(full[None, None].float(), 2 * dilation + 1, stride=1, padding=dilation)[0, 0] > 0
 
     def rays(self, camera: Camera, side: int) -> Rays:
@@ -284,23 +276,17 @@ class TriplaneRenderer(nn.Module):
         for i in range(hit.shape[0]):
             index = hit[i].nonzero()[:, 0]
             empty = rays.far[i : i + 1].clone()
-            background = torch.full((1, hit.shape[1], config.feature_channels), float(config.white_back), device=empty.device)
-            if not len(index):  # nothing of this volume is in sight
-                batches.append((background, torch.zeros_like(empty), empty))
-                continue
-            one = Rays(
-                **{name: getattr(rays, name)[i : i + 1, index] for name in ("origins", "directions", "near", "far")},
+            shown = (
+                torch.full((1, hit.shape[1], config.feature_channels), float(config.white_back), device=empty.device),
+                torch.zeros_like(empty),
+                empty,
             )
-            swing = None if triplane.swing is None else triplane.swing[i : i + 1]
-            volume = replace(triplane, planes=triplane.planes[i : i + 1], swing=swing)
-            features, alpha, depth = self.render_rays(volume, one) if generator is None else self.render_found(volume, one, generator)
-            batches.append(
-                (
-                    background.index_copy(1, index, features),
-                    torch.zeros_like(empty).index_copy(1, index, alpha),
-                    empty.index_copy(1, index, depth),
-                )
-            )
+            if len(index):  # something of this volume is in sight
+                one = Rays(**{name: getattr(rays, name)[i : i + 1, index] for name in ("origins", "directions", "near", "far")})
+                volume = triplane[i : i + 1]
+                found = self.render_rays(volume, one) if generator is None else self.render_found(volume, one, generator)
+                shown = tuple(nothing.index_copy(1, index, part) for nothing, part in zip(shown, found, strict=True))
+            batches.append(shown)
         features, alpha, depth = (torch.cat(parts) for parts in zip(*batches, strict=True))
         return features, alpha, depth
 
@@ -337,10 +323,10 @@ class GuidedRenderer:
         swing = None if head_pose is None or self.rest_pose is None else self.neck.swing(head_pose, self.rest_pose)
         near, far = self._span(camera)
         step = (far - near) / (self.num_coarse - 1)
-        (weights,) = self._in_parts(self._look, self.num_coarse, rows, self._rays(camera, self.coarse_side, near, step, swing))
+        coarse, rays = (SteppedRays.of(camera_rays(camera, size, 0.0, 1.0), near, step, self.neck, swing) for size in (self.coarse_side, side))
+        (weights,) = self._in_parts(self._look, self.num_coarse, rows, coarse)
         weights = weights.view(batch, self.coarse_side, self.coarse_side, -1).permute(0, 3, 1, 2)  # b m h w
         weights = F.interpolate(weights, size=(side, side), mode="bilinear").permute(0, 2, 3, 1).flatten(0, 2)  # r m
-        rays = self._rays(camera, side, near, step, swing)
         empty = far.repeat_interleave(side**2)[:, None]
         if self.compact:
             kept = (weights.amax(1) > 1e-3).nonzero()[:, 0]
@@ -359,22 +345,6 @@ class GuidedRenderer:
             near, far = near.clamp(min=scale * self.config.ray_start), far.clamp(max=scale * self.config.ray_end)
         return near, far
 
-    def _rays(
-        self, camera: Camera, side: int, near: Float[Tensor, " b"], step: Float[Tensor, " b"], swing: Float[Tensor, "b 3 3"] | None
-    ) -> SteppedRays:
-        rays = camera_rays(camera, side, 0.0, 1.0)
-        volume = torch.arange(len(camera), device=near.device).repeat_interleave(side**2)
-        span = {"volume": volume, "near": near[volume, None], "step": step[volume, None]}
-        swung = None
-        if swing is not None:
-            origins, directions = (rays.origins - self.neck.pivot) @ swing.mT, rays.directions @ swing.mT
-            swung = SteppedRays(origins=origins.flatten(0, 1), directions=directions.flatten(0, 1), **span)
-        return SteppedRays(origins=rays.origins.flatten(0, 1), directions=rays.directions.flatten(0, 1), swung=swung, **span)
-
-    def _at_rest(self, points: Float[Tensor, "n 3"], rays: SteppedRays, distances: Float[Tensor, "r s"]) -> Float[Tensor, "n 3"]:
-        """Return where points of rays are when necks are not bent."""
-        return points if rays.swung is None else torch.addcmul(points, self.neck.share(points), rays.swung.points(distances))
-
     def _in_parts(self, work: Callable[..., list[Tensor]], samples: int, rows: Tensor, *of_rays: SteppedRays | Tensor) -> list[Tensor]:
         if not self.compact:
             return work(rows, *of_rays)
@@ -385,7 +355,7 @@ class GuidedRenderer:
         """Return the weights of equal steps along rays."""
         distances = rays.near + rays.step * torch.arange(self.num_coarse, device=rays.near.device)  # r s
         points, volume = rays.points(distances), rays.volume.repeat_interleave(self.num_coarse)
-        full, points = self.cells.occupied(points), self._at_rest(points, rays, distances)
+        full, points = self.cells.occupied(points), rays.at_rest(points, distances, self.neck, compact=self.compact)
         if self.compact:
             index = full.nonzero()[:, 0]
             found = self._density(self._hidden(rows, points[index], volume[index]))
@@ -399,7 +369,8 @@ class GuidedRenderer:
         distances = rays.near + guided_bins(weights, self.num_fine) * rays.step
         points = rays.points(distances)
         full = self.cells.occupied(points)
-        hidden = self._hidden(rows, self._at_rest(points, rays, distances), rays.volume.repeat_interleave(self.num_fine))
+        points = rays.at_rest(points, distances, self.neck, compact=self.compact)
+        hidden = self._hidden(rows, points, rays.volume.repeat_interleave(self.num_fine))
         density = torch.where(full, self._density(hidden), EMPTY).view(distances.shape)
         shares = guided_weights(density, distances)
         colours = torch.sigmoid_(F.linear(hidden, *self.colour))

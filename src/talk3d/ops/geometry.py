@@ -21,7 +21,8 @@ HEAD_PIVOT = (0.0, 0.0, 0.2)
 FACE_MIDDLE = (0.0, 0.0, 0.15)
 """Of the skin between eyes and mouth, about, scene units."""
 SPINE_TOP = (0.0, -0.15, -0.06)
-"""Round which heads turn, scene units: of all points fixed to the head, cameras see it move least, within 0.05 in five rendered people and a real one."""
+"""Round which heads turn, scene units: of all points fixed to the head cameras see it move least, within 0.05 for five rendered people and a real
+one."""
 SHOULDERS_Y, CHIN_Y = -0.42, -0.2
 """Heights between which the neck bends, scene units."""
 

@@ -5,7 +5,7 @@ a quarter of the rays), and the fine one starts from its weights. Shapes are sta
 import models.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,12 +13,15 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from talk3d.ops.geometry import Neck
 from talk3d.ops.planes import plane_axes
 from talk3d.ops.volume import segment_weights
-from talk3d.types import PlaneAxes
+from talk3d.types import PlaneAxes, Rays
 
 EMPTY = -30.0
 """Raw density of empty space."""
+BENDS = torch.cartesian_prod(torch.arange(-36.0, 37.0, 12.0), torch.arange(-18.0, 19.0, 18.0), torch.zeros(1)).deg2rad()
+"""Yaw, pitch and roll from rest with which shoulders are looked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +143,15 @@ class Cells:
         return (distance.amin(1) - self.radius).clamp(min=0), distance.amax(1) + self.radius
 
 
+def swept(full: Bool[Tensor, "s s s"], box_warp: float, neck: Neck, rest: tuple[float, float, float]) -> Bool[Tensor, "s s s"]:
+    """Return the cells, indexed [z, y, x], that are full with the head held as at `rest`, or turned from there in any way that is usual."""
+    cells, side, pose = Cells.of(full, box_warp), len(full), torch.tensor(rest, device=full.device)
+    centres = ((torch.arange(side, device=full.device) + 0.5) / side - 0.5) * box_warp
+    points = torch.stack(torch.meshgrid(centres, centres, centres, indexing="ij")[::-1], -1).view(1, -1, 3)  # z y x to x y z
+    swings = neck.swing(pose + BENDS.to(full.device), pose)
+    return torch.stack([cells.occupied(neck.straighten(points, swing[None])[0]) for swing in swings]).any(0).view_as(full)
+
+
 @dataclass(frozen=True, kw_only=True)
 class SteppedRays:
     """Rays of all pictures in one list, each walked in equal steps."""
@@ -151,13 +163,26 @@ class SteppedRays:
     near: Float[Tensor, "r 1"]
     """Distance of the first step."""
     step: Float[Tensor, "r 1"]
-    swung: "SteppedRays | None" = None
-    """Where bent necks are in sight: what is added, by its share, to points of the rays to find them at rest (`Neck`); its points are that."""
+    swung: Float[Tensor, "r 2 3"] | None = None
+    """Where necks are bent: what leads from the rays' origins, and along them, to where shoulders are at rest (`Neck.swing`)."""
+
+    @classmethod
+    def of(cls, rays: Rays, near: Float[Tensor, " b"], step: Float[Tensor, " b"], neck: Neck, swing: Float[Tensor, "b 3 3"] | None) -> "SteppedRays":
+        """Put the rays of b pictures in one list, through necks that are bent by `swing`, if they are."""
+        volume = torch.arange(len(near), device=near.device).repeat_interleave(rays.origins.shape[1])
+        lines = None if swing is None else torch.stack([rays.origins - neck.pivot, rays.directions], 2).flatten(1, 2) @ swing.mT  # b 2r 3
+        return cls(
+            origins=rays.origins.flatten(0, 1),
+            directions=rays.directions.flatten(0, 1),
+            volume=volume,
+            near=near[volume, None],
+            step=step[volume, None],
+            swung=None if lines is None else lines.reshape(-1, 2, 3),
+        )
 
     def __getitem__(self, index: Int[Tensor, " k"] | slice) -> "SteppedRays":
         """Return some of the rays."""
-        own = {name: getattr(self, name)[index] for name in ("origins", "directions", "volume", "near", "step")}
-        return SteppedRays(**own, swung=None if self.swung is None else self.swung[index])
+        return replace(self, **{name: part[index] for name, part in vars(self).items() if part is not None})
 
     def split(self, size: int) -> list["SteppedRays"]:
         """Return lists of `size` rays, the last one shorter."""
@@ -166,6 +191,16 @@ class SteppedRays:
     def points(self, distances: Float[Tensor, "r s"]) -> Float[Tensor, "r*s 3"]:
         """Return the places at these distances, ray by ray."""
         return torch.addcmul(self.origins[:, None], distances[:, :, None], self.directions[:, None]).flatten(0, 1)
+
+    def at_rest(self, points: Float[Tensor, "r*s 3"], distances: Float[Tensor, "r s"], neck: Neck, *, compact: bool) -> Float[Tensor, "r*s 3"]:
+        """Return where these places are when necks are not bent: `Neck.straighten`. `compact` looks whether any would move, which a GPU waits for."""
+        if self.swung is None:
+            return points
+        share = neck.share(points)
+        if compact and not bool(share.any()):
+            return points
+        way = torch.addcmul(self.swung[:, None, 0], distances[:, :, None], self.swung[:, None, 1]).flatten(0, 1)
+        return torch.addcmul(points, share, way)
 
 
 def guided_bins(weights: Float[Tensor, "r m"], num_samples: int, generator: torch.Generator | None = None) -> Float[Tensor, "r s"]:

@@ -33,6 +33,10 @@ class Triplane:
             raise ShapeError(f"planes with axes {self.axes!r} and {delta.axes!r} cannot be added: use models of one prior")
         return replace(self, planes=self.planes + delta.planes)
 
+    def __getitem__(self, index: slice) -> "Triplane":
+        """Return some of the volumes."""
+        return replace(self, planes=self.planes[index], swing=None if self.swing is None else self.swing[index])
+
     def to(self, device: torch.device | str) -> "Triplane":
         """Return the same planes on another device."""
         return replace(self, planes=self.planes.to(device), swing=None if self.swing is None else self.swing.to(device))
