@@ -96,6 +96,21 @@ def test_a_new_avatar_is_the_person_exactly(avatar: Avatar) -> None:
     assert avatar.resolution == 64
 
 
+def test_the_head_turns_on_shoulders_that_stay(generator: TriplaneGenerator, avatar: Avatar) -> None:
+    generator = copy.copy(generator)
+    generator.renderer_config = replace(generator.renderer_config, rest_pose=(0.1, 0.0, 0.0))
+    ws = generator.mapping(torch.randn(1, 8))
+    avatar.personalized = PersonalizedGenerator.from_generator(generator, ws, {})
+    avatar.personalized.occupied.fill_(True)
+    rest = replace(driving(1), head_pose=torch.tensor([[0.1, 0.0, 0.0]]))
+    turned = replace(rest, head_pose=torch.tensor([[0.6, 0.0, 0.0]]))
+    with torch.no_grad():
+        still = avatar.personalized.render(avatar.personalized.triplane, CAMERA[:1]).raw
+        assert torch.allclose(avatar.render(rest, CAMERA[:1]).raw, still, atol=1e-5)
+        moved = (avatar.render(turned, CAMERA[:1]).raw - still).abs().mean((0, 1, 3))  # of each row
+    assert float(moved[: len(moved) // 2].max()) < 1e-5 and float(moved[-2:].max()) > 1e-3
+
+
 def test_a_talking_avatar_moves(avatar: Avatar) -> None:
     speak(avatar)
     with torch.no_grad():

@@ -303,6 +303,39 @@ def test_guided_rendering_looks_like_the_plain_one() -> None:
             assert float((found - expected).square().mean()) < 10**-5  # rays that hardly see anything are left out on the CPU
 
 
+def test_bent_necks_look_alike_in_all_ways_of_rendering() -> None:
+    renderer, volumes = smooth_head()
+    place = (1.05, 0.0, 0.1, 0.0, 0.0, 0.02, 0.0)
+    renderer.renderer_config = replace(renderer.renderer_config, rest_pose=(0.1, 0.0, 0.0), head_space=place)
+    camera, held = head_camera(torch.tensor([[0.3, 0.1, 0.0], [-0.4, 0.0, 0.0]])), torch.tensor([[0.5, 0.1, 0.0], [-0.5, 0.1, 0.1]])
+    everywhere = torch.ones(8, 8, 8, dtype=torch.bool)
+    with torch.no_grad():
+        straight = renderer.render_triplane(volumes, torch.zeros(1, 6), camera, occupied=everywhere)
+        bent = renderer.renderer_config.bent(volumes, held)
+        plain = renderer.render_triplane(bent, torch.zeros(1, 6), camera, occupied=everywhere)
+        guided = GuidedRenderer(renderer, everywhere, torch.float32)
+        guided.num_coarse, guided.num_fine = 48, 24
+        for guided.compact in (True, False):
+            features, alpha, _ = guided(list(volumes.planes.unbind(1)), camera, held)
+            assert float((alpha - plain.raw_alpha).square().mean()) < 10**-4 and float((features - plain.features).square().mean() / 4) < 10**-4
+        rays, hit = limit_to_occupied(renderer.rays(camera, 12), everywhere, renderer.renderer_config.box_warp)
+        for together, alone in zip(
+            renderer._render_all(bent, rays, hit, None), renderer._render_hit(bent, rays, hit, torch.Generator()), strict=True
+        ):
+            assert float((together - alone).square().mean()) < 10**-3  # one of them jittered
+    moved = (plain.features - straight.features).abs().mean((0, 1, 3))  # of each row, from above
+    assert float(moved[:4].max()) < 1e-3 < 0.05 < float(moved[-3:].max())
+    assert (
+        renderer.renderer_config.bent(volumes, None) is volumes and replace(renderer.renderer_config, rest_pose=None).bent(volumes, held) is volumes
+    )
+
+
+def test_bent_necks_are_inside_what_is_occupied() -> None:
+    renderer = ball()
+    renderer.renderer_config = replace(SIZES, rest_pose=(0.0, 0.0, 0.0))
+    assert renderer.occupancy(coordinate_planes(), side=32, dilation=2).equal(ball().occupancy(coordinate_planes(), side=32, dilation=2))
+
+
 def test_samples_of_training_show_and_teach_what_many_samples_do() -> None:
     """Its slow twin takes 192 samples on every ray, all with gradients; training takes 48, jittered, where a look found something."""
     renderer, volumes = smooth_head()

@@ -5,8 +5,10 @@ import math
 import pytest
 import torch
 
-from talk3d.ops.guided import Cells, RowLookup, SteppedRays, guided_bins, guided_weights
+from talk3d.ops.geometry import Neck, head_camera
+from talk3d.ops.guided import Cells, RowLookup, SteppedRays, guided_bins, guided_weights, swept
 from talk3d.ops.planes import project_points, sample_planes
+from talk3d.ops.rays import camera_rays
 
 CPU = torch.device("cpu")
 
@@ -70,6 +72,41 @@ def test_rays_are_split_and_walked_one_by_one() -> None:
     points = rays.points(distances)
     for k in range(count):
         torch.testing.assert_close(points[3 * k + 1], rays.origins[k] + distances[k, 1] * rays.directions[k])
+
+
+def bent() -> tuple[Neck, torch.Tensor, torch.Tensor]:
+    """A neck, its rest, and two ways to bend it."""
+    neck, rest = Neck.of((1.0,) + 6 * (0.0,), torch.device("cpu")), torch.tensor([0.1, 0.0, 0.0])
+    return neck, rest, neck.swing(torch.tensor([[0.5, 0.1, 0.0], [-0.3, 0.0, 0.1]]), rest)
+
+
+@pytest.mark.parametrize("compact", [True, False])
+def test_points_of_rays_come_to_rest_as_points_do(compact: bool) -> None:
+    neck, _, swing = bent()
+    rays = camera_rays(head_camera(torch.tensor([[0.5, 0.1, 0.0], [-0.3, 0.0, 0.1]])), 6, 0.0, 1.0)
+    stepped, distances = SteppedRays.of(rays, torch.ones(2), torch.ones(2), neck, swing), 2.3 + torch.rand(72, 3)
+    points = stepped.points(distances)
+    expected = neck.straighten(points.view(2, -1, 3), swing).view(-1, 3)
+    torch.testing.assert_close(stepped.at_rest(points, distances, neck, compact=compact), expected, atol=1e-5, rtol=0)
+    assert (expected - points).norm(dim=1).max() > 0.05
+    part = stepped[10:20]
+    torch.testing.assert_close(part.at_rest(points[30:60], distances[10:20], neck, compact=compact), expected[30:60], atol=1e-5, rtol=0)
+    straight = SteppedRays.of(rays, torch.ones(2), torch.ones(2), neck, None)
+    assert straight.at_rest(points, distances, neck, compact=compact).equal(points) and straight.points(distances).equal(points)
+
+
+def test_shoulders_are_looked_for_wherever_they_swing() -> None:
+    neck, rest, _ = bent()
+    full = torch.zeros(32, 32, 32, dtype=torch.bool)
+    full[14:18, 1:3, 24:28] = True  # z y x: a shoulder
+    full[20:24, 20:24, 14:18] = True  # and a nose
+    reach = swept(full, 1.0, neck, (0.1, 0.0, 0.0))
+    assert reach[full].all() and reach[:, 8:].equal(full[:, 8:])  # above the chin nothing swings
+    cells = Cells.of(reach, 1.0)
+    shoulder = torch.tensor([[0.3125, -0.4375, 0.0]])
+    for yaw in (-0.41, 0.0, 0.2):
+        turned = neck.swing(torch.tensor([[0.1 + yaw, 0.0, 0.0]]), rest)[0] + torch.eye(3)
+        assert bool(cells.occupied((shoulder - neck.pivot) @ turned + neck.pivot)), yaw  # the inverse of a rotation is its transpose
 
 
 def test_even_weights_give_even_samples() -> None:

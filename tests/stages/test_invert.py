@@ -12,6 +12,7 @@ from talk3d.models.encoder import Encoder
 from talk3d.ops.geometry import head_camera
 from talk3d.presets import TINY_ENCODER
 from talk3d.stages.invert import WIDE_RAYS, InversionConfig, Views, _look, _Search, guess_codes, invert
+from talk3d.stages.personalize import at_rest
 from talk3d.training.losses import PictureTarget
 from talk3d.types import Camera, Triplane
 
@@ -25,6 +26,20 @@ def painted(prior: Prior, ws: torch.Tensor, moment: torch.Tensor) -> tuple[Views
     with torch.no_grad():
         rendering = prior.generator.render(ws[moment], cameras)
     return Views(target=PictureTarget(image=rendering.image, alpha=rendering.alpha), cameras=cameras, moment=moment), cameras
+
+
+def test_heads_are_compared_with_necks_bent_as_they_are_held(prior: Prior) -> None:
+    bent = at_rest(prior, torch.tensor([0.1, 0.0, 0.0]))
+    ws = bent.generator.mapping(torch.zeros(1, 8), None, 0.0)
+    views, _ = painted(bent, ws, torch.zeros(3, dtype=torch.long))
+    held = torch.tensor([[0.6, 0.0, 0.0], [0.1, 0.1, 0.0], [-0.5, 0.0, 0.1]])
+    volumes = bent.generator.renderer_config.bent(bent.generator.triplane(ws.expand(3, -1, -1)), held)
+    side = bent.generator.renderer_config.superresolution.input_side
+    with torch.no_grad():
+        seen = bent.generator.render_triplane(volumes, ws[:, -1], views.cameras, neural_rendering_resolution=side)
+    views = replace(views, target=PictureTarget(image=seen.image, alpha=seen.alpha), head_pose=held)
+    errors = [float(_Search(bent, one, SHORT, device="cpu", seed=0).error(one)) for one in (views, replace(views, head_pose=None))]
+    assert errors[0] < 1e-5 < 1e-3 < errors[1]
 
 
 def test_unfit_settings_are_refused() -> None:

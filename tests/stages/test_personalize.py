@@ -128,6 +128,13 @@ def test_the_person_looks_like_the_clip_more_than_the_average_does(clip: Clip, p
     assert all(value.equal(before[name]) for name, value in prior.generator.state_dict().items()), "the prior was changed"
 
 
+def test_the_neck_is_straight_as_the_head_is_mostly_held(clip: Clip, prior: Prior) -> None:
+    config = replace(SHORT, inversion_steps=1, tuning_steps=1)
+    rest = personalize(clip, prior, config).renderer.renderer_config.rest_pose
+    assert rest == pytest.approx(clip.track.head_pose[: clip.num_training_frames].mean(0).tolist(), abs=1e-6)
+    assert prior.generator.renderer_config.rest_pose is None, "the prior was changed"
+
+
 def test_held_out_frames_are_not_looked_at(clip: Clip, prior: Prior) -> None:
     frames, config = clip.frames.copy(), replace(SHORT, inversion_steps=2, tuning_steps=2)
     frames[12:] = 255

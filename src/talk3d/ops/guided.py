@@ -192,7 +192,7 @@ class SteppedRays:
         """Return the places at these distances, ray by ray."""
         return torch.addcmul(self.origins[:, None], distances[:, :, None], self.directions[:, None]).flatten(0, 1)
 
-    def at_rest(self, points: Float[Tensor, "r*s 3"], distances: Float[Tensor, "r s"], neck: Neck, *, compact: bool) -> Float[Tensor, "r*s 3"]:
+    def at_rest(self, points: Float[Tensor, "n 3"], distances: Float[Tensor, "r s"], neck: Neck, *, compact: bool) -> Float[Tensor, "n 3"]:
         """Return where these places are when necks are not bent: `Neck.straighten`. `compact` looks whether any would move, which a GPU waits for."""
         if self.swung is None:
             return points

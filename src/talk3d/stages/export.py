@@ -63,7 +63,7 @@ class _Renderer(nn.Module):
         planes: Float[Tensor, "1 3 c s s"],
         cam2world: Float[Tensor, "1 4 4"],
         intrinsics: Float[Tensor, "1 3 3"],
-        head_pose: Float[Tensor, "1 3"],
+        head_pose: Float[Tensor, "1 3"] | None = None,
     ) -> Tensor:
         features, alpha, _ = self.render(list(planes.unbind(1)), Camera(cam2world=cam2world, intrinsics=intrinsics), head_pose)
         image, opacity = self.enlarge(features, alpha)
@@ -92,8 +92,9 @@ def export_mesh(avatar: Avatar, path: Path, *, side: int = 256) -> None:
 def export_onnx(avatar: Avatar, folder: Path) -> list[Path]:
     """Write two ONNX graphs of one frame each, and a card that says what goes in and out, and return their paths.
 
-    `talker.onnx`: speech features around a frame, blink, head pose, place, brows and gaze to planes. `renderer.onnx`: planes and a camera to a
-    picture over black with its opacity. All shapes are fixed. They do what the baked avatar does on the CPU in float32.
+    `talker.onnx`: speech features around a frame, blink, head pose, place, brows and gaze to planes. `renderer.onnx`: planes, a camera and, where
+    necks bend, the head pose to a picture over black with its opacity. All shapes are fixed. They do what the baked avatar does on the CPU in
+    float32.
 
     Args:
         avatar: is moved to the CPU.
@@ -115,7 +116,8 @@ def export_onnx(avatar: Avatar, folder: Path) -> list[Path]:
     camera = avatar.performance.cameras.to("cpu")[:1]
     with torch.no_grad():
         talker, renderer = _Talker(avatar).eval(), _Renderer(avatar).eval()
-        seen = {"planes": talker(**heard), "cam2world": camera.cam2world, "intrinsics": camera.intrinsics, "head_pose": done["head_pose"]}
+        seen = {"planes": talker(**heard), "cam2world": camera.cam2world, "intrinsics": camera.intrinsics}
+        seen |= {} if config.rest_pose is None else {"head_pose": done["head_pose"]}
         _write_graph(talker, heard, "planes", folder / TALKER)
         _write_graph(renderer, seen, "rgba", folder / RENDERER)
     card = {

@@ -146,7 +146,8 @@ def personalize(
     steady = where_steady(clip, plate)
     learnt, kept = (_views(clip, frames, plate, steady) for frames in (chosen, validation))
     views = dataclasses.replace(learnt, validation=kept, wide=_wide_views(clip))
-    inversion = invert(at_rest(prior, clip), views, config, device=device, seed=seed, progress=progress, checkpoint=checkpoint, stage="personalize")
+    bending = at_rest(prior, clip.track.head_pose[: clip.num_training_frames].float().mean(0))
+    inversion = invert(bending, views, config, device=device, seed=seed, progress=progress, checkpoint=checkpoint, stage="personalize")
     provenance = {
         "prior": prior.provenance,
         "source_sha256": clip.source_sha256,
@@ -158,11 +159,10 @@ def personalize(
     return inversion.personalized(provenance)
 
 
-def at_rest(prior: Prior, clip: Clip) -> Prior:
-    """Return the prior, its networks shared, with shoulders as they are when the person holds the head as mostly in the training part."""
-    rest = clip.track.head_pose[: clip.num_training_frames].float().mean(0)
+def at_rest(prior: Prior, head_pose: Float[Tensor, " 3"]) -> Prior:
+    """Return the prior, its networks shared, with heads whose necks are straight when they are held like that."""
     generator = copy.copy(prior.generator)
-    generator.renderer_config = dataclasses.replace(generator.renderer_config, rest_pose=tuple(rest.tolist()))
+    generator.renderer_config = dataclasses.replace(generator.renderer_config, rest_pose=tuple(head_pose.tolist()))
     generator.config = dataclasses.replace(generator.config, renderer=generator.renderer_config)
     return Prior(generator=generator, w_std=prior.w_std, provenance=prior.provenance, encoder=prior.encoder)
 
