@@ -42,7 +42,7 @@ def random_avatar(size: str, device: str) -> Avatar:
     """Return an avatar of this size with random weights, none of them zero."""
     sizes, config = SIZES[size]
     torch.manual_seed(0)
-    generator = TriplaneGenerator(sizes).eval()
+    generator = TriplaneGenerator(sizes).eval().with_renderer(rest_pose=(0.0, 0.0, 0.0))
     label = torch.randn(1, sizes.c_dim) if sizes.c_dim else None
     person = PersonalizedGenerator.from_generator(generator, generator.mapping(torch.randn(1, sizes.z_dim), label), {})
     side, count = sizes.renderer.superresolution.output_side, 16
@@ -108,11 +108,11 @@ def works(avatar: Avatar, baked: BakedAvatar, batch: int) -> dict[str, tuple[Cal
     tokens = conditioner(driving)
     coefficients = conditioner.coefficients(driving, conditioner.heard(tokens, driving))
     planes = baked.deltaplane(tokens, coefficients)
-    features, alpha, _ = baked.renderer(planes, camera)
+    features, alpha, _ = baked.renderer(planes, camera, driving.head_pose)
     return {
         "tokens": (lambda a, *_: (conditioner(driving),), (driving.audio,)),
         "deltaplane": (lambda t, c: tuple(baked.deltaplane(t, c)), (tokens, coefficients)),
-        "volume rendering": (lambda *p: baked.renderer(list(p), camera), tuple(planes)),
+        "volume rendering": (lambda *p: baked.renderer(list(p), camera, driving.head_pose), tuple(planes)),
         "super-resolution": (lambda f, a: baked.superresolution(f, a), (features, alpha)),
     }
 
@@ -123,14 +123,14 @@ def plain_works(avatar: Avatar, baked: BakedAvatar, batch: int) -> dict[str, Cal
     person, conditioner = avatar.personalized, avatar.conditioner
     tokens = conditioner(driving)
     coefficients = conditioner.coefficients(driving, conditioner.heard(tokens, driving))
-    features, alpha, _ = baked.renderer(baked.deltaplane(tokens, coefficients), camera)
+    features, alpha, _ = baked.renderer(baked.deltaplane(tokens, coefficients), camera, driving.head_pose)
     prefix = avatar.predictor.prepare(person.triplane)
     rays = person.renderer.rays(camera, person.renderer.renderer_config.neural_rendering_resolution)
-    triplane = person.triplane + avatar.predictor.predict(prefix, tokens, coefficients)
+    bent = person.renderer.renderer_config.bent(person.triplane + avatar.predictor.predict(prefix, tokens, coefficients), driving.head_pose)
     return {
         "tokens": lambda: conditioner(driving),
         "deltaplane": lambda: person.triplane + avatar.predictor.predict(prefix, tokens, coefficients),
-        "volume rendering": lambda: person.renderer._render_occupied(triplane, rays, person.occupied, None),
+        "volume rendering": lambda: person.renderer._render_occupied(bent, rays, person.occupied, None),
         "super-resolution": lambda: person.renderer.superresolution(features, alpha, person.w),
     }
 

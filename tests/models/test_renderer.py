@@ -330,12 +330,6 @@ def test_bent_necks_look_alike_in_all_ways_of_rendering() -> None:
     )
 
 
-def test_bent_necks_are_inside_what_is_occupied() -> None:
-    renderer = ball()
-    renderer.renderer_config = replace(SIZES, rest_pose=(0.0, 0.0, 0.0))
-    assert renderer.occupancy(coordinate_planes(), side=32, dilation=2).equal(ball().occupancy(coordinate_planes(), side=32, dilation=2))
-
-
 def test_samples_of_training_show_and_teach_what_many_samples_do() -> None:
     """Its slow twin takes 192 samples on every ray, all with gradients; training takes 48, jittered, where a look found something."""
     renderer, volumes = smooth_head()

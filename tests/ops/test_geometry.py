@@ -175,6 +175,14 @@ def test_shoulders_keep_still_before_the_camera_and_faces_stay_as_they_are():
     assert neck.straighten(spine[None, None], neck.swing(pose, rest)).equal(spine[None, None])
 
 
+def test_a_neck_that_was_asked_for_without_gradients_can_be_learnt_through():
+    with torch.inference_mode():
+        neck = g.Neck.of((1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.123), torch.device("cpu"))
+    points = torch.rand(1, 5, 3).requires_grad_()
+    neck.straighten(points, torch.rand(1, 3, 3)).sum().backward()
+    assert points.grad is not None
+
+
 def test_a_neck_that_lies_elsewhere_bends_as_in_head_space():
     placed = (1.2, 0.3, -0.2, 0.1, 0.05, 0.02, -0.04)
     frame, shift = g.rotation_from_vector(torch.tensor(placed[1:4])), torch.tensor(placed[4:])

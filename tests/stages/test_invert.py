@@ -40,6 +40,12 @@ def test_heads_are_compared_with_necks_bent_as_they_are_held(prior: Prior) -> No
     views = replace(views, target=PictureTarget(image=seen.image, alpha=seen.alpha), head_pose=held)
     errors = [float(_Search(bent, one, SHORT, device="cpu", seed=0).error(one)) for one in (views, replace(views, head_pose=None))]
     assert errors[0] < 1e-5 < 1e-3 < errors[1]
+    searches = [_Search(bent, one, SHORT, device="cpu", seed=0) for one in (views, replace(views, head_pose=None))]
+    steps = [float(search.step(0)["image"]) for search in searches]
+    assert steps[0] < steps[1]
+    with torch.no_grad():
+        wide = [float(searches[0]._look_wide(replace(one, emphasis=None))) for one in (views, replace(views, head_pose=None))]
+    assert wide[0] != wide[1]
 
 
 def test_unfit_settings_are_refused() -> None:

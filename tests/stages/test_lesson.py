@@ -66,6 +66,19 @@ def lesson_of(avatar: Avatar, clip: Clip, config: LessonConfig, num_frames: int 
     return Lesson(copy.deepcopy(avatar), clip, config, num_frames=num_frames, device="cpu", seed=5)
 
 
+def test_frames_are_rendered_with_the_neck_bent_as_the_head_is_held(avatar: Avatar, clip: Clip) -> None:
+    person, index = avatar.personalized, torch.tensor([1, 8])
+    person.renderer.renderer_config = replace(person.renderer.renderer_config, rest_pose=(0.0, 0.0, 0.0))
+    lesson, track = lesson_of(avatar, clip, QUICK), replace(clip.track, head_pose=clip.track.head_pose + torch.tensor([0.5, 0.0, 0.0]))
+    lesson.clip = replace(clip, track=track)
+    with torch.no_grad():
+        found, planes, _ = lesson._render(index, torch.Generator(), torch.Generator().manual_seed(0))
+        held = track.head_pose[index].float()
+        bent, straight = (person.render(planes, track.cameras[index], pose, torch.Generator().manual_seed(0)).raw for pose in (held, None))
+    torch.testing.assert_close(found.raw, bent)
+    assert float((bent - straight).abs().mean()) > 1e-4
+
+
 def test_frames_are_drawn_one_by_one_unless_a_term_needs_consecutive_ones(
     avatar: Avatar, clip: Clip, clip_of: Callable[..., Clip], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -96,6 +96,7 @@ def test_wide_views_lie_over_black_and_count_beyond_the_crops(clip: Clip) -> Non
     assert (views.target.image[0, :, :32] == -1).all() and (views.target.image[0, :, 32:60] == 1).all()
     torch.testing.assert_close(views.target.image[0, :, 60:], torch.full((3, 4, 64), -0.6))
     assert torch.equal(views.emphasis[0, 0], torch.from_numpy(wide.beyond[0]).float())
+    assert views.head_pose is not None and views.head_pose.equal(clip.track.head_pose[2:3].float())
     assert _wide_views(clip) is None
 
 

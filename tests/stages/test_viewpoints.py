@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from talk3d.errors import ConfigError
-from talk3d.ops.geometry import HEAD_PIVOT, head_camera, look_at, project, view_angles
-from talk3d.stages.viewpoints import CameraConfig, ViewLimit, Viewpoints, ping_pong, trained_views, turned, zoomed
+from talk3d.ops.geometry import HEAD_PIVOT, SPINE_TOP, Neck, head_camera, look_at, project, view_angles
+from talk3d.stages.viewpoints import CameraConfig, ViewLimit, Viewpoints, held, ping_pong, trained_views, turned, zoomed
 from talk3d.types import Camera
 
 FILMED = head_camera(torch.tensor([[-0.2, 0.1, 0.0], [0.0, 0.0, 0.05], [0.3, -0.1, 0.0]]))
@@ -119,6 +119,22 @@ def test_turning_moves_cameras_round_the_head() -> None:
     shifted.cam2world[:, :3, 3] += torch.tensor([0.1, 0.0, 0.2])
     there = project(torch.tensor(HEAD_PIVOT)[None, None], shifted)
     torch.testing.assert_close(project(torch.tensor(HEAD_PIVOT)[None, None], turned(shifted, turn)), there, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("yaw", [0.0, 0.6])
+def test_a_head_that_comes_to_a_pose_leaves_its_shoulders_where_they_are_seen(yaw: float) -> None:
+    neck, rest, spine = Neck.of((1.0,) + 6 * (0.0,), torch.device("cpu")), torch.tensor([0.1, -0.05, 0.0]), torch.tensor(SPINE_TOP)
+    pose, turn, shoulder = torch.tensor([[0.3, 0.2, -0.1]]), torch.tensor([[0.15, -0.1, 0.05]]), torch.tensor([[[0.25, -0.6, -0.1]]])
+
+    def at(pose: torch.Tensor) -> torch.Tensor:
+        """Where the shoulder is in a head that is held so: what `straighten` takes back."""
+        return spine + (shoulder - spine) @ (neck.swing(pose, rest) + torch.eye(3))
+
+    before = head_camera(torch.tensor([[yaw, 0.1, 0.05]]))
+    after = held(before, pose, turn)
+    torch.testing.assert_close(neck.straighten(at(pose), neck.swing(pose, rest)), shoulder, atol=1e-5, rtol=0)
+    torch.testing.assert_close(project(at(pose), after), project(at(pose - turn), before), atol=1e-5, rtol=0)
+    assert float((project(torch.zeros(1, 1, 3), after) - project(torch.zeros(1, 1, 3), before)).norm()) > 0.01  # and the face does not
 
 
 def test_zoom_leaves_the_centre() -> None:

@@ -86,7 +86,7 @@ class PersonalizedGenerator(nn.Module):
         Args:
             triplane: of b moments.
             camera: of each.
-            head_pose: how the head is held on its neck; None: at rest.
+            head_pose: how the head is held on its neck; None: as at rest.
             generator: jitters the samples.
         """
         occupied: Bool[Tensor, "s s s"] = self.occupied

@@ -3,7 +3,9 @@
 Reference: EG3D (arXiv 2112.07945), section 4.
 """
 
-from dataclasses import dataclass, field
+import copy
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -55,6 +57,13 @@ class TriplaneGenerator(TriplaneRenderer):
         )
         mapping = MappingNetwork(z_dim=config.z_dim, c_dim=config.c_dim, w_dim=r.w_dim, num_ws=synthesis.num_ws, num_layers=config.mapping_layers)
         self.backbone = nn.ModuleDict({"mapping": mapping, "synthesis": synthesis})
+
+    def with_renderer(self, **changes: Any) -> "TriplaneGenerator":
+        """Return the same networks, shared, with other settings of the renderer."""
+        result = copy.copy(self)
+        result.renderer_config = replace(self.renderer_config, **changes)
+        result.config = replace(self.config, renderer=result.renderer_config)
+        return result
 
     @property
     def num_ws(self) -> int:

@@ -129,14 +129,15 @@ class Neck:
     @functools.cache
     def of(cls, placed: tuple[float, ...], device: torch.device) -> "Neck":
         """Return the neck of heads that are placed so: a scale, a rotation vector and a shift."""
-        frame, shift = rotation_from_vector(torch.tensor(placed[1:4])), torch.tensor(placed[4:])
-        below = float(shift @ frame[:, 1])
-        return cls(
-            pivot=(placed[0] * frame @ torch.tensor(SPINE_TOP) + shift).to(device),
-            frame=frame.to(device),
-            shoulders=placed[0] * SHOULDERS_Y + below,
-            chin=placed[0] * CHIN_Y + below,
-        )
+        with torch.inference_mode(False):  # whoever asks first, training may use it, too
+            frame, shift = rotation_from_vector(torch.tensor(placed[1:4])), torch.tensor(placed[4:])
+            below = float(shift @ frame[:, 1])
+            return cls(
+                pivot=(placed[0] * frame @ torch.tensor(SPINE_TOP) + shift).to(device),
+                frame=frame.to(device),
+                shoulders=placed[0] * SHOULDERS_Y + below,
+                chin=placed[0] * CHIN_Y + below,
+            )
 
     def swing(self, head_pose: Float[Tensor, "b 3"], rest: Float[Tensor, " 3"]) -> Float[Tensor, "b 3 3"]:
         """Return what, times the way from the pivot, leads from shoulders to where they are at rest; both poses as `view_angles` has them."""

@@ -4,7 +4,6 @@ A slightly wrong shape and a constant nod explain single frames equally well. On
 points' parallax tells the shape, and the shape tells the nod. Head space is the builtin prior's; others are laid over it by their average heads.
 """
 
-import copy
 from dataclasses import replace
 
 import torch
@@ -161,11 +160,7 @@ def place_prior(prior: Prior, model: FaceModel, *, device: str = "cpu") -> Prior
 
 def _placed(generator: TriplaneGenerator, scale: float, turn: Tensor, shift: Tensor) -> TriplaneGenerator:
     """The same networks, shared, that lie elsewhere in head space."""
-    x, y, z = vector_from_rotation(turn).tolist()
-    result = copy.copy(generator)
-    result.renderer_config = replace(generator.renderer_config, head_space=(scale, x, y, z, *shift.tolist()))
-    result.config = replace(generator.config, renderer=result.renderer_config)
-    return result
+    return generator.with_renderer(head_space=(scale, *vector_from_rotation(turn).tolist(), *shift.tolist()))
 
 
 def _average_face(generator: TriplaneGenerator, model: FaceModel, device: str) -> Float[Tensor, "p 3"]:

@@ -38,7 +38,7 @@ SIDE = 48
 MOST_RAD = math.radians(8)
 """Larger nods are not looked for."""
 SHARE = 0.9
-"""Of the nod found that is believed: it errs by about 0.7 degrees, the face points by about 2."""
+"""Of the nod found that is believed: it errs by about half a degree, the face points by about 2."""
 MOST_STRETCH = 0.2
 """Turns that are more than about 20 % wider or narrower are not looked for."""
 TURNS_BIAS = 0.028

@@ -30,7 +30,7 @@ from talk3d.perception.listening import Heard, check_sound, count_frames, listen
 from talk3d.perception.speech import SAMPLE_RATE_HZ, SpeechEncoder, load_speech_of
 from talk3d.stages.acting import ActingConfig, Actor, read_performer
 from talk3d.stages.pasting import Film, one_of
-from talk3d.stages.viewpoints import CameraConfig, ViewLimit, Viewpoints, turned
+from talk3d.stages.viewpoints import CameraConfig, ViewLimit, Viewpoints, held
 from talk3d.types import Camera, Driving, Progress, Rendering, Waveform, silent
 
 logger = logging.getLogger(__name__)
@@ -217,7 +217,7 @@ class Scene:
         acts = self.actor.at(frames)
         camera = self.views.at(frames)
         if bool(acts.turn.any()):
-            camera = turned(camera, acts.turn)
+            camera = held(camera, acts.head_pose, acts.turn)
         camera = (self.limit(camera) if self.limit else camera).to(self.device)
         driving = Driving(audio=audio, blink=acts.blink, head_pose=acts.head_pose, anchors=acts.anchors, upper_face=acts.upper_face)
         return self.model.render(driving.to(self.device), camera)

@@ -85,7 +85,7 @@ class Views:
     emphasis: Float[Tensor, "k 1 h w"] | None = None
     """How much each pixel counts, mean about 1; None means all the same."""
     head_pose: Float[Tensor, "k 3"] | None = None
-    """How the head is held on its neck; None: shoulders turn with the head."""
+    """How the head is held on its neck; None: as at rest."""
     validation: "Views | None" = None
     """Further pictures, not learnt from: the tuned generator that shows them best is kept. None keeps the last."""
     wide: "Views | None" = None

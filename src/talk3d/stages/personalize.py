@@ -3,7 +3,6 @@
 Reference: VIVE3D (arXiv 2303.15893), section 3.1; pivotal tuning (arXiv 2106.05744).
 """
 
-import copy
 import dataclasses
 import math
 from collections.abc import Iterator
@@ -161,9 +160,7 @@ def personalize(
 
 def at_rest(prior: Prior, head_pose: Float[Tensor, " 3"]) -> Prior:
     """Return the prior, its networks shared, with heads whose necks are straight when they are held like that."""
-    generator = copy.copy(prior.generator)
-    generator.renderer_config = dataclasses.replace(generator.renderer_config, rest_pose=tuple(head_pose.tolist()))
-    generator.config = dataclasses.replace(generator.config, renderer=generator.renderer_config)
+    generator = prior.generator.with_renderer(rest_pose=tuple(head_pose.tolist()))
     return Prior(generator=generator, w_std=prior.w_std, provenance=prior.provenance, encoder=prior.encoder)
 
 

@@ -18,7 +18,7 @@ from scipy.interpolate import PchipInterpolator
 from torch import Tensor
 
 from talk3d.errors import ConfigError
-from talk3d.ops.geometry import HEAD_PIVOT, head_camera, look_at, orbit, view_angles
+from talk3d.ops.geometry import HEAD_PIVOT, SPINE_TOP, head_camera, orbit, view_angles, view_rotation
 from talk3d.types import Camera
 
 logger = logging.getLogger(__name__)
@@ -174,14 +174,21 @@ def zoomed(camera: Camera, zoom: float | Float[Tensor, " b"]) -> Camera:
 
 
 def turned(camera: Camera, turn: Float[Tensor, "b 3"]) -> Camera:
-    """Cameras moved round the head by yaw, pitch and roll in radians, as if the head had turned the other way."""
-    rotation = camera.cam2world[:, :3, :3]
-    angles = view_angles(rotation)
-    move = look_at(angles + turn)[:, :3, :3] @ look_at(angles)[:, :3, :3].mT
-    pivot = torch.tensor(HEAD_PIVOT)
+    """Cameras moved round the head by yaw, pitch and roll in radians, as if the head had turned the other way, shoulders and all."""
+    angles = view_angles(camera.cam2world[:, :3, :3])
+    return _moved(camera, view_rotation(angles + turn) @ view_rotation(angles).mT, HEAD_PIVOT)
+
+
+def held(camera: Camera, head_pose: Float[Tensor, "b 3"], turn: Float[Tensor, "b 3"]) -> Camera:
+    """Cameras that see a head come to this pose by this turn on its spine, where these see it before; its shoulders keep still before them."""
+    return _moved(camera, view_rotation(head_pose) @ view_rotation(head_pose - turn).mT, SPINE_TOP)
+
+
+def _moved(camera: Camera, move: Float[Tensor, "b 3 3"], pivot: tuple[float, float, float]) -> Camera:
+    centre = torch.tensor(pivot)
     moved = camera.cam2world.clone()
-    moved[:, :3, :3] = move @ rotation
-    moved[:, :3, 3] = pivot + (move @ (camera.cam2world[:, :3, 3] - pivot)[..., None])[..., 0]
+    moved[:, :3, :3] = move @ camera.cam2world[:, :3, :3]
+    moved[:, :3, 3] = centre + (move @ (camera.cam2world[:, :3, 3] - centre)[..., None])[..., 0]
     return Camera(cam2world=moved, intrinsics=camera.intrinsics)
 
 
