@@ -91,7 +91,7 @@ def test_expressions_lie_on_the_line_from_rest(sample: Avatar, expression: float
     calm = replace(driving, audio=rest.expand_as(driving.audio))
     with torch.no_grad():
         planes = torch.lerp(sample.deltaplane(calm).planes, sample.deltaplane(driving).planes, expression)
-        expected = person.render(person.triplane + Triplane(planes=planes, axes=person.triplane.axes), camera)
+        expected = person.render(person.triplane + Triplane(planes=planes, axes=person.triplane.axes), camera, driving.head_pose)
     assert psnr(sample.bake(rest=rest, expression=expression).render(driving, camera), expected) > 45
 
 

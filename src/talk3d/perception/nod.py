@@ -161,7 +161,7 @@ def _strangeness(prior: Prior, guess: Triplane, shown: Float[Tensor, "k 4 h w"],
     generator = prior.generator
     planes = Triplane(planes=guess.planes.expand(len(cameras), -1, -1, -1, -1), axes=guess.axes)
     with torch.no_grad():
-        features, opacity, _ = generator.render_rays(planes, generator.rays(cameras, SIDE))
+        features, opacity, _ = generator.render_found(planes, generator.rays(cameras, SIDE), None)
     found = torch.cat([2 * features[..., :3] - 1, opacity], -1).mT.unflatten(2, (SIDE, SIDE))  # k 4 s s
     different = (found - resize_to(shown, SIDE)).abs()
     return float(different[:, :3].mean() + different[:, 3].mean())
