@@ -41,7 +41,7 @@ SHARE = 0.9
 """Of the nod found that is believed: it errs by about half a degree, the face points by about 2."""
 MOST_STRETCH = 0.2
 """Turns that are more than about 20 % wider or narrower are not looked for."""
-TURNS_BIAS = 0.028
+TURNS_BIAS = 0.013
 """By so much too far turn the heads that look most like a guess: of 14 rendered people whom the prior never saw, with true cameras, -1 to 6 %, with a
 standard deviation of 1.7 %."""
 KNOWN, STRANGE = 0.09, 0.14

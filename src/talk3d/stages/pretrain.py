@@ -30,7 +30,16 @@ from talk3d.ops.planes import gather_planes, project_points, sample_planes
 from talk3d.stages.adversarial import AdversarialConfig, AdversarialTrainer, conditioned
 from talk3d.stages.show import head_sheet
 from talk3d.training.loop import Average, Loop, average_gradients, cosine_decay, processes
-from talk3d.training.losses import PictureTarget, density_variation, depth_loss, picture_losses, target_from_rgba, weighted_sum
+from talk3d.training.losses import (
+    PictureTarget,
+    density_variation,
+    depth_loss,
+    lay_over,
+    picture_losses,
+    random_backgrounds,
+    target_from_rgba,
+    weighted_sum,
+)
 from talk3d.types import Camera, Progress, Triplane, silent
 
 
@@ -285,7 +294,9 @@ class SupervisedTrainer:
             repeated, w.repeat_interleave(views, 0), camera, generator=self.generators["rays"], neural_rendering_resolution=rays
         )
         known = {} if depth is None else {"depth": depth_loss(rendering, depth)}
-        return picture_losses(rendering, target) | known | {"density": density_variation(generator, triplane, self.generators["rays"])}
+        black = torch.full((3, *target.image.shape[-2:]), -1.0, device=w.device)
+        laid = lay_over(rendering, target, random_backgrounds(black, len(target.image), 1, self.generators["choice"]))
+        return picture_losses(*laid) | known | {"density": density_variation(generator, triplane, self.generators["rays"])}
 
     def _batch(self) -> tuple[Float[Tensor, "s w"], PictureTarget, Camera, Float[Tensor, "b 1 p p"] | None]:
         config, choice = self.config, self.generators["choice"]
