@@ -157,19 +157,19 @@ def test_widened_turns_are_farther_from_the_middle_and_keep_rolls_and_the_face_i
 
 
 def test_shoulders_keep_still_before_the_camera_and_faces_stay_as_they_are():
-    neck, rest, pose = g.Neck.of((1.0,) + 6 * (0.0,), torch.device("cpu")), torch.tensor([0.05, -0.1, 0.02]), torch.tensor([[0.5, 0.2, -0.1]])
+    neck, rest, pose = g.Neck.of((1.0,) + 6 * (0.0,), -0.2, torch.device("cpu")), torch.tensor([0.05, -0.1, 0.02]), torch.tensor([[0.5, 0.2, -0.1]])
     spine, shoulders = torch.tensor(g.SPINE_TOP), torch.tensor([[0.3, -0.45, -0.1], [-0.2, -0.6, 0.1]])
     cameras = [g.look_at(angles, pivot=g.SPINE_TOP) for angles in (rest, pose[0])]  # of a head that turns on its spine
     seen = (shoulders - cameras[0][:3, 3]) @ cameras[0][:3, :3]
     turned = seen @ cameras[1][:3, :3].mT + cameras[1][:3, 3]  # where they are in the head then
-    turned[:, 1] = turned[:, 1].clamp(max=g.SHOULDERS_Y)
+    turned[:, 1] = turned[:, 1].clamp(max=-0.2 - g.NECK_LENGTH)
     again = (turned - cameras[1][:3, 3]) @ cameras[1][:3, :3] @ cameras[0][:3, :3].mT + cameras[0][:3, 3]
     found = neck.straighten(turned[None], neck.swing(pose, rest))[0]
     torch.testing.assert_close(found, again, atol=1e-5, rtol=0)
     assert (found - turned).norm(dim=1).min() > 0.05
-    face = torch.tensor([[[0.1, 0.1, 0.1], [0.0, g.CHIN_Y + 1e-3, 0.13]]])
+    face = torch.tensor([[[0.1, 0.1, 0.1], [0.0, -0.199, 0.13]]])
     assert neck.straighten(face, neck.swing(pose, rest)).equal(face)
-    between = torch.tensor([[[0.1, (g.CHIN_Y + g.SHOULDERS_Y) / 2, 0.0]]])
+    between = torch.tensor([[[0.1, -0.2 - g.NECK_LENGTH / 2, 0.0]]])
     assert neck.share(between).item() == pytest.approx(0.5)
     torch.testing.assert_close(neck.straighten(between, neck.swing(rest[None], rest)), between)
     assert neck.straighten(spine[None, None], neck.swing(pose, rest)).equal(spine[None, None])
@@ -177,7 +177,7 @@ def test_shoulders_keep_still_before_the_camera_and_faces_stay_as_they_are():
 
 def test_a_neck_that_was_asked_for_without_gradients_can_be_learnt_through():
     with torch.inference_mode():
-        neck = g.Neck.of((1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.123), torch.device("cpu"))
+        neck = g.Neck.of((1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.123), -0.2, torch.device("cpu"))
     points = torch.rand(1, 5, 3).requires_grad_()
     neck.straighten(points, torch.rand(1, 3, 3)).sum().backward()
     assert points.grad is not None
@@ -186,7 +186,7 @@ def test_a_neck_that_was_asked_for_without_gradients_can_be_learnt_through():
 def test_a_neck_that_lies_elsewhere_bends_as_in_head_space():
     placed = (1.2, 0.3, -0.2, 0.1, 0.05, 0.02, -0.04)
     frame, shift = g.rotation_from_vector(torch.tensor(placed[1:4])), torch.tensor(placed[4:])
-    necks = [g.Neck.of(place, torch.device("cpu")) for place in ((1.0,) + 6 * (0.0,), placed)]
+    necks = [g.Neck.of(place, -0.25, torch.device("cpu")) for place in ((1.0,) + 6 * (0.0,), placed)]
     rest, pose, points = torch.tensor([0.1, 0.0, 0.0]), torch.tensor([[0.4, -0.2, 0.1]]), torch.rand(1, 50, 3) - 0.7
     there = placed[0] * points @ frame.mT + shift
     expected = placed[0] * necks[0].straighten(points, necks[0].swing(pose, rest)) @ frame.mT + shift

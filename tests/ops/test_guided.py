@@ -76,7 +76,7 @@ def test_rays_are_split_and_walked_one_by_one() -> None:
 
 def bent() -> tuple[Neck, torch.Tensor, torch.Tensor]:
     """A neck, its rest, and two ways to bend it."""
-    neck, rest = Neck.of((1.0,) + 6 * (0.0,), torch.device("cpu")), torch.tensor([0.1, 0.0, 0.0])
+    neck, rest = Neck.of((1.0,) + 6 * (0.0,), -0.2, torch.device("cpu")), torch.tensor([0.1, 0.0, 0.0])
     return neck, rest, neck.swing(torch.tensor([[0.5, 0.1, 0.0], [-0.3, 0.0, 0.1]]), rest)
 
 

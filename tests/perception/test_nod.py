@@ -8,7 +8,7 @@ import torch
 from talk3d.io.weights import load_prior
 from talk3d.models.avatar import Prior
 from talk3d.ops.geometry import head_camera, mean_rotation, project, rotation_from_vector, view_angles, widen_turns
-from talk3d.perception.nod import SHARE, choose_views, find_nod, find_turns, guessed_shape, level_views, nodded
+from talk3d.perception.nod import SHARE, USUAL_THROAT, choose_views, find_nod, find_throat, find_turns, guessed_shape, level_views, nodded
 from talk3d.types import Camera
 
 ANGLES = torch.tensor([[0.0, 0.0, 0.05], [0.35, 0.05, 0.0], [-0.35, 0.0, -0.05], [0.1, -0.15, 0.1]])
@@ -46,6 +46,21 @@ def test_the_nod_and_the_turns_of_a_head_that_the_prior_knows_are_found(builtin:
         wrong = Camera(cam2world=widen_turns(cameras.cam2world, factor, middle), intrinsics=cameras.intrinsics)
         found = find_turns(builtin, picture, alpha, wrong, middle)
         assert math.log(found) == pytest.approx(-math.log(factor), abs=0.05)
+
+
+def test_it_is_found_where_a_neck_bends(builtin: Prior):
+    head = builtin.generator.mapping(torch.randn(1, builtin.generator.config.z_dim, generator=torch.Generator().manual_seed(2))).expand(4, -1, -1)
+    cameras, resting = beside(head_camera(ANGLES)), builtin.with_renderer(rest_pose=(0.0, 0.0, 0.0))
+    for throat_y in (-0.3, -0.2):
+        bending = resting.with_renderer(throat_y=throat_y).generator
+        with torch.no_grad():
+            volumes = bending.renderer_config.bent(bending.triplane(head), ANGLES)
+            rendering = bending.render_triplane(volumes, head[:, -1], cameras)
+        alpha = rendering.alpha.clamp(0, 1)
+        picture = ((rendering.image + 1) / alpha.clamp_min(0.05) - 1).clamp(-1, 1)
+        assert find_throat(resting, picture, alpha, cameras, ANGLES) == pytest.approx(throat_y, abs=0.03)
+    still = ANGLES * 0
+    assert find_throat(resting, picture, alpha, cameras, still) == pytest.approx(USUAL_THROAT, abs=0.02), "heads that do not turn tell nothing"
 
 
 def test_the_shape_of_a_head_that_the_prior_knows_is_guessed(builtin: Prior):

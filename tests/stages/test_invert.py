@@ -12,7 +12,6 @@ from talk3d.models.encoder import Encoder
 from talk3d.ops.geometry import head_camera
 from talk3d.presets import TINY_ENCODER
 from talk3d.stages.invert import WIDE_RAYS, InversionConfig, Views, _look, _Search, guess_codes, invert
-from talk3d.stages.personalize import at_rest
 from talk3d.training.losses import PictureTarget
 from talk3d.types import Camera, Triplane
 
@@ -29,7 +28,7 @@ def painted(prior: Prior, ws: torch.Tensor, moment: torch.Tensor) -> tuple[Views
 
 
 def test_heads_are_compared_with_necks_bent_as_they_are_held(prior: Prior) -> None:
-    bent = at_rest(prior, torch.tensor([0.1, 0.0, 0.0]))
+    bent = prior.with_renderer(rest_pose=(0.1, 0.0, 0.0))
     ws = bent.generator.mapping(torch.zeros(1, 8), None, 0.0)
     views, _ = painted(bent, ws, torch.zeros(3, dtype=torch.long))
     held = torch.tensor([[0.6, 0.0, 0.0], [0.1, 0.1, 0.0], [-0.5, 0.0, 0.1]])

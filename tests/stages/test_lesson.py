@@ -121,7 +121,7 @@ def test_a_run_is_driven_in_one_way(avatar: Avatar, clip: Clip) -> None:
     assert not torch.allclose(noise[0], noise[2])
 
 
-def test_sides_are_held_with_the_bases_at_rest(avatar: Avatar, clip: Clip) -> None:
+def test_sides_are_held_with_the_face_at_rest_and_the_head_as_in_the_frame(avatar: Avatar, clip: Clip) -> None:
     lesson = lesson_of(avatar, clip, replace(QUICK, weights=LossWeights()))
     model, index = lesson.avatar, torch.tensor([4, 7])
     model.conditioner.config = replace(model.conditioner.config, drop_rate=0.0)
@@ -130,7 +130,9 @@ def test_sides_are_held_with_the_bases_at_rest(avatar: Avatar, clip: Clip) -> No
     _, planes, coefficients = lesson._render(index, *(torch.Generator().manual_seed(seed) for seed in (5, 6)))
     rest = lesson._at_rest(planes, coefficients)
     driving = lesson._driving(index, torch.Generator().manual_seed(5))
-    expected = model.personalized.triplane + model.predictor(model.personalized.triplane, model.conditioner(driving)[:1], lesson.rest)
+    held = torch.cat([lesson.rest[:, :-5], coefficients[:1, -5:]], 1)
+    expected = model.personalized.triplane + model.predictor(model.personalized.triplane, model.conditioner(driving)[:1], held)
+    assert not torch.allclose(held, lesson.rest, atol=1e-2)
     torch.testing.assert_close(rest.planes, expected.planes, atol=1e-4, rtol=1e-4)
     assert model.conditioner.limits is not None
     seen = model.conditioner.limits(clip.driving(torch.arange(11)))

@@ -14,6 +14,7 @@ import torch
 from talk3d.errors import ConfigError, ShapeError, TrackingError, WeightsError
 from talk3d.models.avatar import PersonalizedGenerator, Prior
 from talk3d.ops.compositing import premultiply
+from talk3d.perception.nod import THROATS
 from talk3d.stages.personalize import (
     PersonalizeConfig,
     _wide_views,
@@ -131,7 +132,9 @@ def test_the_person_looks_like_the_clip_more_than_the_average_does(clip: Clip, p
 
 def test_the_neck_is_straight_as_the_head_is_mostly_held(clip: Clip, prior: Prior) -> None:
     config = replace(SHORT, inversion_steps=1, tuning_steps=1)
-    rest = personalize(clip, prior, config).renderer.renderer_config.rest_pose
+    renderer = personalize(clip, prior, config).renderer.renderer_config
+    assert THROATS[0] < renderer.throat_y < THROATS[1] and renderer.throat_y != prior.generator.renderer_config.throat_y
+    rest = renderer.rest_pose
     assert rest == pytest.approx(clip.track.head_pose[: clip.num_training_frames].mean(0).tolist(), abs=1e-6)
     assert prior.generator.renderer_config.rest_pose is None, "the prior was changed"
 

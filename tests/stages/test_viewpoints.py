@@ -123,7 +123,7 @@ def test_turning_moves_cameras_round_the_head() -> None:
 
 @pytest.mark.parametrize("yaw", [0.0, 0.6])
 def test_a_head_that_comes_to_a_pose_leaves_its_shoulders_where_they_are_seen(yaw: float) -> None:
-    neck, rest, spine = Neck.of((1.0,) + 6 * (0.0,), torch.device("cpu")), torch.tensor([0.1, -0.05, 0.0]), torch.tensor(SPINE_TOP)
+    neck, rest, spine = Neck.of((1.0,) + 6 * (0.0,), -0.2, torch.device("cpu")), torch.tensor([0.1, -0.05, 0.0]), torch.tensor(SPINE_TOP)
     pose, turn, shoulder = torch.tensor([[0.3, 0.2, -0.1]]), torch.tensor([[0.15, -0.1, 0.05]]), torch.tensor([[[0.25, -0.6, -0.1]]])
 
     def at(pose: torch.Tensor) -> torch.Tensor:

@@ -34,6 +34,10 @@ class Prior(nn.Module):
         self.generator, self.encoder = generator, encoder
         self.w_std, self.provenance = w_std, dict(provenance)
 
+    def with_renderer(self, **changes: Any) -> "Prior":
+        """Return the same networks, shared, with other settings of the renderer."""
+        return Prior(generator=self.generator.with_renderer(**changes), w_std=self.w_std, provenance=self.provenance, encoder=self.encoder)
+
     def save(self, path: str | Path) -> None:
         """Write one file, weights as float16."""
         from talk3d.io.weights import save_prior

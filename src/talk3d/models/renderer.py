@@ -73,6 +73,8 @@ class RendererConfig:
     """Where head space, in which cameras are given, lies in that of the planes: a scale, a rotation vector and a shift, in this order."""
     rest_pose: tuple[float, float, float] | None = None
     """Yaw, pitch and roll, radians, at which neck and shoulders are as the planes show them. None: shoulders turn with the head, as in priors."""
+    throat_y: float = -0.2
+    """Height in head space below which the neck bends, scene units."""
 
     def __post_init__(self) -> None:
         """Refuse one limit of the rays without the other."""
@@ -90,7 +92,7 @@ class RendererConfig:
         """Return volumes with necks bent as their heads are held, so that shoulders keep still before the camera; None leaves them at rest."""
         if self.rest_pose is None or head_pose is None:
             return triplane
-        swing = Neck.of(self.head_space, head_pose.device).swing(head_pose, head_pose.new_tensor(self.rest_pose))
+        swing = Neck.of(self.head_space, self.throat_y, head_pose.device).swing(head_pose, head_pose.new_tensor(self.rest_pose))
         return replace(triplane, swing=swing)
 
 
@@ -128,7 +130,7 @@ class TriplaneRenderer(nn.Module):
     def _look_up(self, triplane: Triplane, points: Float[Tensor, "b n 3"]) -> Float[Tensor, "b n c"]:
         box_warp, planes = self.renderer_config.box_warp, triplane.planes
         if triplane.swing is not None:
-            points = Neck.of(self.renderer_config.head_space, points.device).straighten(points, triplane.swing)
+            points = Neck.of(self.renderer_config.head_space, self.renderer_config.throat_y, points.device).straighten(points, triplane.swing)
         if planes.device.type == "cpu" and planes.dtype == torch.float32 and not points.requires_grad:  # in a quarter of the time
             lookup = _cpu_lookup(triplane.axes, planes.shape[-1], box_warp)
             volume = torch.arange(len(planes)).repeat_interleave(points.shape[1]) if len(planes) > 1 else None
@@ -154,8 +156,8 @@ class TriplaneRenderer(nn.Module):
             density = self.query(triplane, torch.stack([x, y, z], -1).reshape(1, -1, 3))[0]
         absorbed = 1 - torch.exp(-F.softplus(density - 1) * (self.renderer_config.box_warp / side))
         full = (absorbed > threshold / 100).view(side, side, side)
-        if self.renderer_config.rest_pose is not None:
-            full = swept(full, self.renderer_config.box_warp, Neck.of(self.renderer_config.head_space, full.device), self.renderer_config.rest_pose)
+        if (config := self.renderer_config).rest_pose is not None:
+            full = swept(full, config.box_warp, Neck.of(config.head_space, config.throat_y, full.device), config.rest_pose)
         return F.max_pool3d(full[None, None].float(), 2 * dilation + 1, stride=1, padding=dilation)[0, 0] > 0
 
     def rays(self, camera: Camera, side: int) -> Rays:
@@ -301,7 +303,7 @@ class GuidedRenderer:
         config = renderer.renderer_config
         self.config, self.dtype = config, dtype
         self.lookup = RowLookup.of(config.plane_axes, config.plane_resolution, config.box_warp, occupied.device)
-        self.neck = Neck.of(config.head_space, occupied.device)
+        self.neck = Neck.of(config.head_space, config.throat_y, occupied.device)
         self.rest_pose = None if config.rest_pose is None else torch.tensor(config.rest_pose, device=occupied.device)
         self.cells = Cells.of(occupied if bool(occupied.any()) else torch.ones_like(occupied), config.box_warp)
         hidden, out = _linear(renderer.decoder, 0), _linear(renderer.decoder, 2)

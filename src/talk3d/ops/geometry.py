@@ -23,8 +23,8 @@ FACE_MIDDLE = (0.0, 0.0, 0.15)
 SPINE_TOP = (0.0, -0.15, -0.06)
 """Round which heads turn, scene units: of all points fixed to the head cameras see it move least, within 0.05 for five rendered people and a real
 one."""
-SHOULDERS_Y, CHIN_Y = -0.42, -0.2
-"""Heights between which the neck bends, scene units."""
+NECK_LENGTH = 0.22
+"""From the throat, above which all of a head turns, down to the shoulders, scene units."""
 
 
 def rotation_from_vector(vector: Float[Tensor, "*b 3"]) -> Float[Tensor, "*b 3 3"]:
@@ -117,26 +117,26 @@ def move_camera(camera: Camera, scale: float, turn: Float[Tensor, "3 3"], shift:
 
 @dataclass(frozen=True, kw_only=True)
 class Neck:
-    """Where a head turns on its shoulders, which keep still before the camera: above the chin all turns, down to the shoulders less and less."""
+    """Where a head turns on its shoulders, which keep still before the camera: above the throat all turns, down to the shoulders less and less."""
 
     pivot: Float[Tensor, "3"]
     frame: Float[Tensor, "3 3"]
     """From axes of the head to those in which the neck lies."""
     shoulders: float
-    chin: float
+    throat: float
 
     @classmethod
     @functools.cache
-    def of(cls, placed: tuple[float, ...], device: torch.device) -> "Neck":
-        """Return the neck of heads that are placed so: a scale, a rotation vector and a shift."""
+    def of(cls, placed: tuple[float, ...], throat_y: float, device: torch.device) -> "Neck":
+        """Return the neck of heads that are placed so (a scale, a rotation vector and a shift), with the throat at this height of head space."""
         with torch.inference_mode(False):  # whoever asks first, training may use it, too
             frame, shift = rotation_from_vector(torch.tensor(placed[1:4])), torch.tensor(placed[4:])
             below = float(shift @ frame[:, 1])
             return cls(
                 pivot=(placed[0] * frame @ torch.tensor(SPINE_TOP) + shift).to(device),
                 frame=frame.to(device),
-                shoulders=placed[0] * SHOULDERS_Y + below,
-                chin=placed[0] * CHIN_Y + below,
+                shoulders=placed[0] * (throat_y - NECK_LENGTH) + below,
+                throat=placed[0] * throat_y + below,
             )
 
     def swing(self, head_pose: Float[Tensor, "b 3"], rest: Float[Tensor, " 3"]) -> Float[Tensor, "b 3 3"]:
@@ -146,7 +146,7 @@ class Neck:
 
     def share(self, points: Float[Tensor, "*b 3"]) -> Float[Tensor, "*b 1"]:
         """Return how much points belong to the shoulders: 0 to 1, smoothly."""
-        share = ((self.chin - points @ self.frame[:, 1:2]) / (self.chin - self.shoulders)).clamp(0, 1)
+        share = ((self.throat - points @ self.frame[:, 1:2]) / (self.throat - self.shoulders)).clamp(0, 1)
         return share.square() * (3 - 2 * share)
 
     def straighten(self, points: Float[Tensor, "b n 3"], swing: Float[Tensor, "b 3 3"]) -> Float[Tensor, "b n 3"]:

@@ -49,6 +49,11 @@ KNOWN, STRANGE = 0.09, 0.14
 to it. Rendered people whom it never saw err by 0.05 to 0.08, two real ones by 0.18 and 0.28: there the error falls with the nod for reasons other
 than the nod."""
 
+THROATS = (-0.38, -0.12)
+"""Heights between which a throat is looked for, scene units."""
+USUAL_THROAT, PULL = -0.25, 0.05
+"""Where it is if heads hardly turn, and how strongly it is drawn there, error for each squared scene unit."""
+
 SHAPE_SIDE = 128
 """Rays a side that find the guessed head's shape."""
 SOLID, LEDGE = 0.95, 0.06
@@ -110,6 +115,28 @@ def find_turns(
     return math.exp(_likeliest(error, MOST_STRETCH, 0.01, TURNS_BIAS))
 
 
+def find_throat(
+    prior: Prior, image: Float[Tensor, "k 3 h w"], alpha: Float[Tensor, "k 1 h w"], cameras: Camera, head_pose: Float[Tensor, "k 3"]
+) -> float:
+    """Return at which `RendererConfig.throat_y` the head that the prior guesses looks most like the pictures while it turns on its shoulders.
+
+    Args:
+        prior: with its encoder, and with heads that rest on straight necks (`RendererConfig.rest_pose`).
+        image: of one person, [-1, 1], over anything.
+        alpha: mattes, [0, 1].
+        cameras: of them.
+        head_pose: yaw, pitch, roll of the head in them, radians.
+    """
+    level, shown = level_views(image, alpha, cameras)
+    guess = _guess(prior, shown, level)
+
+    def error(height: float) -> float:
+        return _strangeness(prior.with_renderer(throat_y=height), guess, shown, level, head_pose) + PULL * (height - USUAL_THROAT) ** 2
+
+    found: Any = minimize_scalar(error, bounds=THROATS, method="bounded", options={"xatol": 0.005})
+    return float(found.x)
+
+
 def _likeliest(error: Callable[[float], float], most: float, tolerance: float, bias: float) -> float:
     """Where the error is least, within `most` of zero and less the bias, as far as the prior knows a person whose guess errs so much."""
     found: Any = minimize_scalar(error, bounds=(-most, most), method="bounded", options={"xatol": tolerance})
@@ -152,14 +179,17 @@ def _guess(prior: Prior, shown: Float[Tensor, "k 4 h w"], cameras: Camera) -> Tr
     with torch.no_grad():
         w = generator.mapping_network.w_avg[None]
         if prior.encoder is not None:
-            w = w + prior.encoder(shown[None, :, :3], shown[None, :, 3:], cameras)
+            w = w + prior.encoder(shown[None, :, :3], shown[None, :, 3:], generator.renderer_config.in_planes(cameras))
         return generator.triplane(w[:, None].expand(-1, generator.num_ws, -1))
 
 
-def _strangeness(prior: Prior, guess: Triplane, shown: Float[Tensor, "k 4 h w"], cameras: Camera) -> float:
+def _strangeness(
+    prior: Prior, guess: Triplane, shown: Float[Tensor, "k 4 h w"], cameras: Camera, head_pose: Float[Tensor, "k 3"] | None = None
+) -> float:
     """How far the prior's guess of the head is from the pictures of level views: mean absolute difference of colours, and of mattes."""
     generator = prior.generator
     planes = Triplane(planes=guess.planes.expand(len(cameras), -1, -1, -1, -1), axes=guess.axes)
+    planes = generator.renderer_config.bent(planes, head_pose)
     with torch.no_grad():
         features, opacity, _ = generator.render_found(planes, generator.rays(cameras, SIDE), None)
     found = torch.cat([2 * features[..., :3] - 1, opacity], -1).mT.unflatten(2, (SIDE, SIDE))  # k 4 s s

@@ -195,7 +195,7 @@ class Lesson:
         self.optimizer = torch.optim.Adam([{"params": params} for _, params in groups], betas=(0.9, 0.99), eps=NEGLIGIBLE, fused=True)
         self.parameters = [part for _, parts in groups for part in parts if part.requires_grad]
         self.sides = SideViews(avatar.personalized, track.cameras[:num_frames], device) if config.weights.sides else None
-        self.rest = self._mean_coefficients()
+        self.rest, self.num_near = self._mean_coefficients(), avatar.predictor.config.num_near
         self.predict = self._predictor()
         self.plate = avatar.background.cpu()
         self.steady = where_steady(clip, self.plate)
@@ -336,8 +336,9 @@ class Lesson:
         return person.render(planes, self.clip.track.cameras[index].to(self.device), driving.head_pose, rays), planes, coefficients
 
     def _at_rest(self, planes: Triplane, coefficients: Float[Tensor, "b k"]) -> Triplane:
-        """Return the first of the planes with the linear bases at rest."""
-        return Triplane(planes=planes.planes[:1], axes=planes.axes) + self.avatar.predictor.blend(self.rest - coefficients[:1])
+        """Return the first of the planes with mouth, lids, brows and gaze at rest; what head pose and place do to it must not be seen from the side."""
+        back = (self.rest - coefficients[:1]) * (torch.arange(coefficients.shape[1], device=coefficients.device) < self.num_near)
+        return Triplane(planes=planes.planes[:1], axes=planes.axes) + self.avatar.predictor.blend(back)
 
     def _compare(self, rendering: Rendering, index: Int[Tensor, " b"], choice: torch.Generator) -> dict[str, Float[Tensor, ""]]:
         weights = self.config.weights
@@ -370,9 +371,8 @@ class Lesson:
 
     def _target(self, index: Int[Tensor, " b"]) -> tuple[PictureTarget, Float[Tensor, "b 1 h w"]]:
         target = foreground(self.clip, index, self.plate, self.steady)
-        emphasis = face_emphasis(
-            self.clip.track.landmarks[index].float(), target.image.shape[-1], self.config.mouth_emphasis, self.config.face_emphasis
-        )
+        points, side = self.clip.track.landmarks[index].float(), target.image.shape[-1]
+        emphasis = face_emphasis(points, side, self.config.mouth_emphasis, self.config.face_emphasis)
         target = PictureTarget(image=target.image.to(self.device), alpha=target.alpha.to(self.device))
         return target, (emphasis / emphasis.mean((1, 2, 3), keepdim=True)).to(self.device)
 

@@ -20,6 +20,7 @@ from talk3d.models.avatar import PersonalizedGenerator, Prior
 from talk3d.ops.compositing import premultiply, unmix
 from talk3d.ops.geometry import farthest_points
 from talk3d.perception.landmarks import mouth_opening
+from talk3d.perception.nod import choose_views, find_throat
 from talk3d.stages.invert import InversionConfig, Views, finer_rays, invert
 from talk3d.training.losses import PictureTarget
 from talk3d.types import Clip, Progress, silent
@@ -28,6 +29,8 @@ NUM_LOOKED_AT = 64
 """Frames of the training part that tell what is behind the person."""
 LEAST_SEEN = 4
 """Frames, of those, that must show what is behind the person somewhere."""
+NECK_VIEWS = 16
+"""Frames that tell where the neck bends."""
 UNSTEADY = 0.06
 """What is behind the person changes where it differs by more than this in them, root mean square, of pictures in [-1, 1]."""
 
@@ -145,7 +148,7 @@ def personalize(
     steady = where_steady(clip, plate)
     learnt, kept = (_views(clip, frames, plate, steady) for frames in (chosen, validation))
     views = dataclasses.replace(learnt, validation=kept, wide=_wide_views(clip))
-    bending = at_rest(prior, clip.track.head_pose[: clip.num_training_frames].float().mean(0))
+    bending = with_neck(prior, clip)
     inversion = invert(bending, views, config, device=device, seed=seed, progress=progress, checkpoint=checkpoint, stage="personalize")
     provenance = {
         "prior": prior.provenance,
@@ -158,10 +161,13 @@ def personalize(
     return inversion.personalized(provenance)
 
 
-def at_rest(prior: Prior, head_pose: Float[Tensor, " 3"]) -> Prior:
-    """Return the prior, its networks shared, with heads whose necks are straight when they are held like that."""
-    generator = prior.generator.with_renderer(rest_pose=tuple(head_pose.tolist()))
-    return Prior(generator=generator, w_std=prior.w_std, provenance=prior.provenance, encoder=prior.encoder)
+def with_neck(prior: Prior, clip: Clip) -> Prior:
+    """Return the prior, its networks shared, with heads that bend their necks where this person does, straight as they are held on average."""
+    head_pose = clip.track.head_pose[: clip.num_training_frames].float()
+    resting = prior.with_renderer(rest_pose=tuple(head_pose.mean(0).tolist()))
+    frames = choose_views(head_pose, NECK_VIEWS)
+    throat_y = find_throat(resting, *clip.images(frames), clip.track.cameras[frames], head_pose[frames])
+    return resting.with_renderer(throat_y=throat_y)
 
 
 def _views(clip: Clip, frames: Int[Tensor, " k"], plate: Float[Tensor, "3 h w"], steady: Float[Tensor, "1 h w"]) -> Views:
