@@ -98,7 +98,7 @@ def test_a_new_avatar_is_the_person_exactly(avatar: Avatar) -> None:
 
 def test_the_head_turns_on_shoulders_that_stay(generator: TriplaneGenerator, avatar: Avatar) -> None:
     ws = generator.mapping(torch.randn(1, 8))
-    avatar.personalized = PersonalizedGenerator.from_generator(generator.with_renderer(rest_pose=(0.1, 0.0, 0.0)), ws, {})
+    avatar.personalized = PersonalizedGenerator.from_generator(generator.with_renderer(rest_pose=(0.1, 0.0, 0.0), throat_y=-0.28), ws, {})
     avatar.personalized.occupied.fill_(True)
     rest = replace(driving(1), head_pose=torch.tensor([[0.1, 0.0, 0.0]]))
     turned = replace(rest, head_pose=torch.tensor([[0.6, 0.0, 0.0]]))

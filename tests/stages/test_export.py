@@ -42,7 +42,7 @@ def run(path: Path, **inputs: torch.Tensor) -> np.ndarray:
 
 def test_the_graphs_show_what_the_avatar_shows(tiny_avatar: Avatar, tmp_path: Path) -> None:
     renderer = tiny_avatar.personalized.renderer
-    renderer.renderer_config = replace(renderer.renderer_config, rest_pose=(0.3, -0.2, 0.1))
+    renderer.renderer_config = replace(renderer.renderer_config, rest_pose=(0.3, -0.2, 0.1), throat_y=-0.28)
     tiny_avatar.save(tmp_path / "me.t3d")
     arguments = ["export", str(tmp_path / "me.t3d"), "--onnx", str(tmp_path / "graphs")]
     code = f"import sys; from talk3d.apps.cli import main; sys.exit(main({arguments!r}))"

@@ -13,8 +13,10 @@ import torch
 
 from talk3d.errors import ConfigError, ShapeError, TrackingError, WeightsError
 from talk3d.models.avatar import PersonalizedGenerator, Prior
+from talk3d.models.encoder import Encoder
 from talk3d.ops.compositing import premultiply
-from talk3d.perception.nod import THROATS
+from talk3d.perception.nod import USUAL_THROAT, find_throat
+from talk3d.presets import TINY, TINY_ENCODER
 from talk3d.stages.personalize import (
     PersonalizeConfig,
     _wide_views,
@@ -24,6 +26,7 @@ from talk3d.stages.personalize import (
     foreground,
     personalize,
     where_steady,
+    with_neck,
 )
 from talk3d.types import Clip, FaceMasks, WideViews
 
@@ -133,10 +136,25 @@ def test_the_person_looks_like_the_clip_more_than_the_average_does(clip: Clip, p
 def test_the_neck_is_straight_as_the_head_is_mostly_held(clip: Clip, prior: Prior) -> None:
     config = replace(SHORT, inversion_steps=1, tuning_steps=1)
     renderer = personalize(clip, prior, config).renderer.renderer_config
-    assert THROATS[0] < renderer.throat_y < THROATS[1] and renderer.throat_y != prior.generator.renderer_config.throat_y
+    assert renderer.throat_y == USUAL_THROAT, "without an encoder nothing tells"
     rest = renderer.rest_pose
     assert rest == pytest.approx(clip.track.head_pose[: clip.num_training_frames].mean(0).tolist(), abs=1e-6)
     assert prior.generator.renderer_config.rest_pose is None, "the prior was changed"
+
+
+def test_where_the_neck_bends_is_told_by_frames_in_which_the_face_was_seen(clip: Clip, prior: Prior) -> None:
+    torch.manual_seed(4)
+    guessing = Prior(generator=prior.generator, w_std=prior.w_std, provenance={}, encoder=Encoder(TINY_ENCODER, TINY.renderer.w_dim))
+    turns = 0.3 * torch.randn(16, 3)
+    clip = with_track(clip, head_pose=turns)
+    mean = tuple(turns[: clip.num_training_frames].mean(0).tolist())
+    few = torch.tensor([0, 2, 3, 5, 6, 9])
+    seen = torch.zeros(16, 1)
+    seen[few] = 1.0
+    found = with_neck(guessing, with_track(clip, confidence=seen)).generator.renderer_config
+    expected = find_throat(guessing.with_renderer(rest_pose=mean), *clip.images(few), clip.track.cameras[few], turns[few])
+    assert found.rest_pose == mean and found.throat_y == pytest.approx(expected, abs=1e-4)
+    assert with_neck(guessing, clip).generator.renderer_config.throat_y != pytest.approx(expected, abs=1e-6)
 
 
 def test_held_out_frames_are_not_looked_at(clip: Clip, prior: Prior) -> None:

@@ -2,7 +2,7 @@
 
 A face network misjudges how deep each person's face is, and a face of the wrong depth is nodded in its head space by up to some degrees, the same
 in all frames: then turns of the head look like rolls. And a face that is taken for too deep turns too little. The prior has learnt heads from true
-cameras, hair, ears and neck included.
+cameras, hair, ears and neck included. So it tells, too, where a person's neck bends.
 """
 
 import math
@@ -49,10 +49,10 @@ KNOWN, STRANGE = 0.09, 0.14
 to it. Rendered people whom it never saw err by 0.04 to 0.08, two real ones by 0.18 and 0.29: there the error falls with the nod for reasons other
 than the nod."""
 
-THROATS = (-0.38, -0.12)
+THROATS = (-0.38, -0.18)
 """Heights between which a throat is looked for, scene units."""
 USUAL_THROAT, PULL = -0.25, 0.05
-"""Where it is if heads hardly turn, and how strongly it is drawn there, error for each squared scene unit."""
+"""Where it is if nothing tells, and how strongly it is drawn there, error for each squared scene unit."""
 
 SHAPE_SIDE = 128
 """Rays a side that find the guessed head's shape."""
@@ -120,13 +120,17 @@ def find_throat(
 ) -> float:
     """Return at which `RendererConfig.throat_y` the head that the prior guesses looks most like the pictures while it turns on its shoulders.
 
+    The usual height where heads hardly turn, and where the prior has no encoder that could guess.
+
     Args:
-        prior: with its encoder, and with heads that rest on straight necks (`RendererConfig.rest_pose`).
+        prior: with heads that rest on straight necks (`RendererConfig.rest_pose`).
         image: of one person, [-1, 1], over anything.
         alpha: mattes, [0, 1].
         cameras: of them.
         head_pose: yaw, pitch, roll of the head in them, radians.
     """
+    if prior.encoder is None:
+        return USUAL_THROAT
     level, shown = level_views(image, alpha, cameras)
     guess = _guess(prior, shown, level)
 

@@ -336,7 +336,7 @@ class Lesson:
         return person.render(planes, self.clip.track.cameras[index].to(self.device), driving.head_pose, rays), planes, coefficients
 
     def _at_rest(self, planes: Triplane, coefficients: Float[Tensor, "b k"]) -> Triplane:
-        """Return the first of the planes with mouth, lids, brows and gaze at rest; what head pose and place do must not show from the side."""
+        """Return the first of the planes with mouth, lids, brows and gaze at rest; what head pose and place do is held from the side, too."""
         back = (self.rest - coefficients[:1]) * (torch.arange(coefficients.shape[1], device=coefficients.device) < self.num_near)
         return Triplane(planes=planes.planes[:1], axes=planes.axes) + self.avatar.predictor.blend(back)
 

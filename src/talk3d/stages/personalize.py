@@ -1,4 +1,4 @@
-"""Personalisation: choose the frames of a clip that say most about the person, find the person in the prior, and tune the prior to them.
+"""Personalisation: choose the frames of a clip that say most about the person, find neck and person in the prior, and tune the prior to them.
 
 Reference: VIVE3D (arXiv 2303.15893), section 3.1; pivotal tuning (arXiv 2106.05744).
 """
@@ -165,7 +165,8 @@ def with_neck(prior: Prior, clip: Clip) -> Prior:
     """Return the prior, its networks shared, with heads that bend their necks where this person does, straight as they are held on average."""
     head_pose = clip.track.head_pose[: clip.num_training_frames].float()
     resting = prior.with_renderer(rest_pose=tuple(head_pose.mean(0).tolist()))
-    frames = choose_views(head_pose, NECK_VIEWS)
+    sure = (clip.track.confidence[: len(head_pose), 0] > 0.5).nonzero()[:, 0]
+    frames = sure[choose_views(head_pose[sure], NECK_VIEWS)]
     throat_y = find_throat(resting, *clip.images(frames), clip.track.cameras[frames], head_pose[frames])
     return resting.with_renderer(throat_y=throat_y)
 

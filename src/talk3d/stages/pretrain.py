@@ -66,13 +66,13 @@ class PretrainConfig:
     coarse_part: float = 0.35
     """Share of the steps, at the beginning, in which half as many rays a side are rendered."""
     image_weight: float = 1.0
-    """Of the L1 difference of full-size pictures."""
+    """Of the L1 difference of full-size pictures, laid over black or a colour."""
     detail_weight: float = 2.0
     """Of the Laplacian-pyramid difference."""
     alpha_weight: float = 1.0
     """Of the mattes' difference."""
     raw_weight: float = 0.5
-    """Of the L1 difference of raw pictures."""
+    """Of the L1 difference of raw pictures, laid over the same."""
     depth_weight: float = 4.0
     """Of the distances' mean absolute error, scene units, where the data set has distances."""
     density_weight: float = 0.002

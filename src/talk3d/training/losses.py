@@ -89,7 +89,7 @@ def random_backgrounds(plate: Float[Tensor, "3 h w"], count: int, length: int, g
     """Draw what frames are laid over, [-1, 1]: with even chances the plate, as the film shows it, or a colour, over which no outline hides.
 
     Args:
-        plate: what is behind the person in the film.
+        plate: what is usually behind the person, as in the film.
         count: of the frames.
         length: so many in a row have the same behind them.
         generator: of the chances.
@@ -166,7 +166,7 @@ class SideViews:
 
         Args:
             person: as trained so far.
-            planes: its planes at rest, batch 1.
+            planes: its planes with the face at rest and the head as in a frame, batch 1.
             choice: which view, and which of its rows and columns.
             rays: jitters the samples.
         """
