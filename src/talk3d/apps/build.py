@@ -19,7 +19,7 @@ from talk3d.apps.check import reviewer
 from talk3d.errors import ConfigError, Talk3DError, WeightsError
 from talk3d.io.catalogue import sha256_of
 from talk3d.io.clips import load_clip
-from talk3d.io.weights import BUILTIN_PRIOR, load_person, load_prior, save_prior
+from talk3d.io.weights import load_person, load_prior, prior_file, save_prior
 from talk3d.io.writing import whole
 from talk3d.models.avatar import Prior
 from talk3d.perception.headspace import place_prior
@@ -205,8 +205,8 @@ def build(
     """
     products = Products(avatar_path.with_suffix(".build"), video, fresh=fresh)
     clip_path, person_path = products.folder / "clip", products.folder / "person.t3d"
-    tracked = fingerprint(products.manifest["video_sha256"], config.track, config.face_model, BUILTIN_PRIOR)
-    personalized = fingerprint(tracked, config.personalize, BUILTIN_PRIOR if config.prior == "builtin" else Path(config.prior), seed)
+    tracked = fingerprint(products.manifest["video_sha256"], config.track, config.face_model, prior_file("builtin"))
+    personalized = fingerprint(tracked, config.personalize, prior_file(config.prior), seed)
     trained = fingerprint(personalized, config.train)
 
     def make_clip() -> None:

@@ -141,7 +141,7 @@ def _check() -> Callable[..., None]:
 def _personalize() -> Callable[..., None]:
     from talk3d.apps.build import checkpoint_beside, placed_prior, remove_checkpoints
     from talk3d.io.clips import load_clip
-    from talk3d.io.weights import BUILTIN_PRIOR
+    from talk3d.io.weights import prior_file
     from talk3d.stages.personalize import PersonalizeConfig, personalize
 
     defaults = PersonalizeConfig()
@@ -168,7 +168,7 @@ def _personalize() -> Callable[..., None]:
         check_input(clip, "a clip, made by `talk3d track`")
         check_prior(prior)
         check_output(out, clip, Path(prior))
-        checkpoint = checkpoint_beside(out, clip, config, BUILTIN_PRIOR if prior == "builtin" else Path(prior), seed)
+        checkpoint = checkpoint_beside(out, clip, config, prior_file(prior), seed)
         used_device = resolve_device(device)
         with Display() as display:
             known = placed_prior(prior, used_device)

@@ -266,13 +266,18 @@ def save_prior(prior: Prior, path: Path, *, exact: bool = False) -> None:
     save_tensors(path, tensors if exact else _halved(tensors), header)
 
 
+def prior_file(prior: str | Path) -> Path:
+    """Return where a prior lies: the word builtin is the one that comes with the package."""
+    return BUILTIN_PRIOR if str(prior) == "builtin" else Path(prior)
+
+
 def load_prior(path: str | Path = "builtin") -> Prior:
     """Read a prior, or the one that comes with the package ("builtin"); weights become float32.
 
     Raises:
         WeightsError: no such file, damaged, or no prior.
     """
-    place = BUILTIN_PRIOR if str(path) == "builtin" else Path(path)
+    place = prior_file(path)
     tensors, header = load_tensors(place, "prior")
     guessing = {name.removeprefix("encoder."): tensors.pop(name) for name in list(tensors) if name.startswith("encoder.")}
     config = config_from_json(GeneratorConfig, header["config"], place)
