@@ -306,7 +306,7 @@ def test_guided_rendering_looks_like_the_plain_one() -> None:
 def test_bent_necks_look_alike_in_all_ways_of_rendering() -> None:
     renderer, volumes = smooth_head()
     place = (1.05, 0.0, 0.1, 0.0, 0.0, 0.02, 0.0)
-    renderer.renderer_config = replace(renderer.renderer_config, rest_pose=(0.1, 0.0, 0.0), throat_y=-0.28, head_space=place)
+    renderer.renderer_config = replace(renderer.renderer_config, rest_pose=(0.1, 0.0, 0.0), throat_y=-0.24, head_space=place)
     camera, held = head_camera(torch.tensor([[0.3, 0.1, 0.0], [-0.4, 0.0, 0.0]])), torch.tensor([[0.5, 0.1, 0.0], [-0.5, 0.1, 0.1]])
     everywhere = torch.ones(8, 8, 8, dtype=torch.bool)
     with torch.no_grad():
@@ -324,7 +324,7 @@ def test_bent_necks_look_alike_in_all_ways_of_rendering() -> None:
         ):
             assert float((together - alone).square().mean()) < 10**-3  # one of them jittered
     moved = (plain.features - straight.features).abs().mean((0, 1, 3))  # of each row, from above
-    assert float(moved[:4].max()) < 1e-3 < 0.02 < float(moved[-3:].max())
+    assert float(moved[:4].max()) < 1e-3 < 0.05 < float(moved[-3:].max())
     assert (
         renderer.renderer_config.bent(volumes, None) is volumes and replace(renderer.renderer_config, rest_pose=None).bent(volumes, held) is volumes
     )

@@ -40,9 +40,10 @@ def run(path: Path, **inputs: torch.Tensor) -> np.ndarray:
     return np.asarray(session.run(None, {name: value.numpy() for name, value in inputs.items()})[0])
 
 
-def test_the_graphs_show_what_the_avatar_shows(tiny_avatar: Avatar, tmp_path: Path) -> None:
+@pytest.mark.parametrize("rest_pose", [None, (0.3, -0.2, 0.1)])
+def test_the_graphs_show_what_the_avatar_shows(tiny_avatar: Avatar, tmp_path: Path, rest_pose: tuple[float, float, float] | None) -> None:
     renderer = tiny_avatar.personalized.renderer
-    renderer.renderer_config = replace(renderer.renderer_config, rest_pose=(0.3, -0.2, 0.1), throat_y=-0.28)
+    renderer.renderer_config = replace(renderer.renderer_config, rest_pose=rest_pose, throat_y=-0.28)
     tiny_avatar.save(tmp_path / "me.t3d")
     arguments = ["export", str(tmp_path / "me.t3d"), "--onnx", str(tmp_path / "graphs")]
     code = f"import sys; from talk3d.apps.cli import main; sys.exit(main({arguments!r}))"
@@ -61,8 +62,8 @@ def test_the_graphs_show_what_the_avatar_shows(tiny_avatar: Avatar, tmp_path: Pa
         heard = {"audio": driving.audio, **parts}
         assert {name: list(value.shape) for name, value in heard.items()} == card["talker.onnx"]["inputs"]
         planes = run(written[0], **heard)
-        seen = {"planes": torch.from_numpy(planes), "cam2world": camera.cam2world, "intrinsics": camera.intrinsics}
-        found = run(written[1], **seen, head_pose=driving.head_pose)
+        held = {} if rest_pose is None else {"head_pose": driving.head_pose}
+        found = run(written[1], planes=torch.from_numpy(planes), cam2world=camera.cam2world, intrinsics=camera.intrinsics, **held)
         assert list(found.shape) == card["renderer.onnx"]["outputs"]["rgba"]
         with torch.no_grad():
             delta = avatar.deltaplane(driving)
