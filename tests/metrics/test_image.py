@@ -16,6 +16,7 @@ from talk3d.metrics.image import (
     root_mean,
     ssim,
     ssim_map,
+    structure_loss,
 )
 
 
@@ -127,3 +128,10 @@ def test_an_outline_covers_what_lies_inside() -> None:
     mask = outline_mask(points, (0, 1, 2, 3), 40, 40)
     assert float(mask.sum()) == pytest.approx(20 * 10, rel=0.2) and mask[0, 15, 20] == 1 and mask[0, 5, 5] == 0
     torch.testing.assert_close(box_around(points[None, :4], 0.5), torch.tensor([[0.0, 0.0, 40.0, 30.0]]))
+
+
+def test_structure_is_one_less_the_similarity() -> None:
+    image, target = (2 * torch.rand(2, 3, 24, 24) - 1 for _ in range(2))
+    even = structure_loss(image, target, torch.ones(2, 1, 24, 24))
+    torch.testing.assert_close(even, 1 - ssim(0.5 * (image + 1), 0.5 * (target + 1)).mean())
+    assert structure_loss(target, target, torch.ones(2, 1, 24, 24)).abs() < 1e-6

@@ -95,3 +95,9 @@ def test_templates_are_saved_loaded_and_refused(tmp_path: Path):
     assert torch.equal(again.mirror[again.mirror], torch.arange(478))
     with pytest.raises(WeightsError, match="cannot be read"):
         ft.load_template("task", tmp_path / "missing.safetensors")
+
+
+def test_the_kind_of_the_face_points_is_what_the_clip_says() -> None:
+    assert ft.face_model_kind({}) == "registry"
+    assert ft.face_model_kind({"landmarks": "face_landmarker.task"}) == "task"
+    assert ft.face_model_kind({"landmarks": "models of mediapipe 0.10.21"}) == "registry"

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,14 +11,13 @@ import pytest
 import torch
 
 from talk3d.errors import ConfigError, WeightsError
-from talk3d.metrics.image import ssim
 from talk3d.models.avatar import Avatar, PersonalizedGenerator, Prior
 from talk3d.perception.facetemplate import load_template
 from talk3d.perception.identity import ArcFace, load_identity
 from talk3d.perception.lipsync import SyncExpert
-from talk3d.stages.lesson import NEGLIGIBLE, Lesson, LessonConfig, LossWeights, face_model_kind, lids_brows_gaze, structure_loss
+from talk3d.stages.lesson import NEGLIGIBLE, Lesson, LessonConfig, LossWeights, lids_brows_gaze
 from talk3d.stages.train import TrainConfig, train
-from talk3d.training.losses import unusual
+from talk3d.training.losses import SideViews, unusual
 from talk3d.types import Clip
 
 QUICK = LessonConfig(steps=4, listening_steps=1, listening_frames=4, reading_steps=2, weights=LossWeights(structure=0.3, lips=0.02, sides=0.0))
@@ -121,6 +121,32 @@ def test_a_run_is_driven_in_one_way(avatar: Avatar, clip: Clip) -> None:
     assert not torch.allclose(noise[0], noise[2])
 
 
+def test_sides_are_held_as_the_settled_person_shows_them(avatar: Avatar, clip: Clip) -> None:
+    def decay(share: float) -> float:
+        return 0.05 + 0.95 * (1 + math.cos(math.pi * share)) / 2
+
+    lesson = lesson_of(avatar, clip, replace(QUICK, steps=8, settling_steps=3, weights=LossWeights()))
+    assert lesson.sides is not None and lesson.modules["sides"] is lesson.sides
+    fitted, rates, settled = lesson.sides.pictures.clone(), [], avatar
+    for number in range(5):
+        if number == 3:
+            average = lesson.average.module
+            assert isinstance(average, Avatar)
+            settled = copy.deepcopy(average)
+        lesson.step(number)
+        assert lesson.sides.pictures.equal(fitted) == (number < 3)
+        rates.append(lesson.optimizer.param_groups[0]["lr"] / lesson.rates[0])
+    assert rates == pytest.approx([decay(0) / 50, 2 * decay(1 / 3) / 50, 3 * decay(2 / 3) / 50, decay(0) / 50, 2 * decay(1 / 5) / 50])
+    person, expected = settled.personalized, SideViews(clip.track.cameras[:11])
+    with torch.no_grad():
+        tokens = settled.conditioner(clip.driving(torch.arange(11))).mean(0, keepdim=True)
+        expected.take(person, person.triplane + settled.predictor.predict(settled.predictor.prepare(person.triplane), tokens, lesson.rest))
+    torch.testing.assert_close(lesson.sides.pictures, expected.pictures)
+    short = lesson_of(avatar, clip, replace(QUICK, steps=5, settling_steps=3))
+    short.step(3)
+    assert short.optimizer.param_groups[0]["lr"] == pytest.approx(4 * decay(3 / 5) / 50 * short.rates[0])
+
+
 def test_sides_are_held_with_the_face_at_rest_and_the_head_as_in_the_frame(avatar: Avatar, clip: Clip) -> None:
     lesson = lesson_of(avatar, clip, replace(QUICK, weights=LossWeights()))
     model, index = lesson.avatar, torch.tensor([4, 7])
@@ -211,19 +237,6 @@ def test_faces_are_compared_at_the_points_of_the_film(avatar: Avatar, clip: Clip
         with torch.no_grad():  # a step against the gradient makes the faces more alike
             nearer = stranger - 0.02 * gradient / gradient.abs().max()
         assert lesson._read_faces(nearer, filmed, index)[name] < value
-
-
-def test_the_kind_of_the_face_points_is_what_the_clip_says(clip: Clip) -> None:
-    assert face_model_kind(clip) == "registry"
-    assert face_model_kind(replace(clip, check={"landmarks": "face_landmarker.task"})) == "task"
-    assert face_model_kind(replace(clip, check={"landmarks": "models of mediapipe 0.10.21"})) == "registry"
-
-
-def test_structure_is_one_less_the_similarity() -> None:
-    image, target = (2 * torch.rand(2, 3, 24, 24) - 1 for _ in range(2))
-    even = structure_loss(image, target, torch.ones(2, 1, 24, 24))
-    torch.testing.assert_close(even, 1 - ssim(0.5 * (image + 1), 0.5 * (target + 1)).mean())
-    assert structure_loss(target, target, torch.ones(2, 1, 24, 24)).abs() < 1e-6
 
 
 def test_frames_beyond_those_to_learn_from_are_not_looked_at(avatar: Avatar, clip: Clip) -> None:

@@ -105,7 +105,7 @@ def test_a_stopped_run_continues_exactly(
 ) -> None:
     expert = SyncExpert().eval().requires_grad_(False)
     monkeypatch.setattr("talk3d.training.lips.load_sync_expert", lambda device: expert)
-    config = replace(SHORT, weights=weights)
+    config = replace(SHORT, weights=weights, settling_steps=4)
     whole = train(copy.deepcopy(person), clip, config, seed=3)
 
     def stop(stage: str, step: int, total: int, values: Mapping[str, float]) -> None:

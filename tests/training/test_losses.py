@@ -327,7 +327,8 @@ def _side_person() -> PersonalizedGenerator:
 def test_a_person_who_stays_as_it_was_looks_so_from_the_side_and_another_does_not() -> None:
     person = _side_person()
     filmed = head_camera(torch.tensor([[0.0, 0.0, 0.0], [0.1, 0.1, 0.0]]))
-    sides = SideViews(person, filmed)
+    sides = SideViews(filmed)
+    sides.take(person, person.triplane)
     seen = view_angles(sides.cameras.cam2world[:, :3, :3])[:, :2].rad2deg()
     assert len(seen) == len(sides.pictures) and torch.cdist(seen, torch.tensor([[0.0, 0.0], [5.7, 5.7]])).min() > UNSEEN_DEG - 0.5
     assert {round(float(yaw)) for yaw in seen[:, 0]} == set(range(-50, 51, 10))  # straight ahead from above and below
@@ -345,5 +346,6 @@ def test_a_person_who_stays_as_it_was_looks_so_from_the_side_and_another_does_no
 def test_who_was_filmed_from_everywhere_has_no_sides() -> None:
     person = _side_person()
     everywhere = torch.cartesian_prod(torch.arange(-50.0, 51.0, 10.0), torch.arange(-20.0, 21.0, 10.0), torch.tensor([0.0])).deg2rad()
-    sides = SideViews(person, head_camera(everywhere))
+    sides = SideViews(head_camera(everywhere))
+    sides.take(person, person.triplane)
     assert float(sides.loss(person, person.triplane, torch.Generator(), torch.Generator())) == 0

@@ -74,6 +74,13 @@ def ssim_map(image: Float[Tensor, "b c h w"], truth: Float[Tensor, "b c h w"]) -
     return luminance * (2 * covariance + contrast_floor) / (variance_x + variance_y + contrast_floor)
 
 
+def structure_loss(image: Float[Tensor, "b 3 h w"], target: Float[Tensor, "b 3 h w"], weight: Float[Tensor, "b 1 h w"]) -> Float[Tensor, ""]:
+    """Return 1 - SSIM of pictures in [-1, 1], weighted at the windows' centres."""
+    border = SSIM_WINDOW // 2
+    different = 1 - ssim_map(0.5 * (image + 1), 0.5 * (target + 1))
+    return (different * weight[..., border:-border, border:-border]).mean()
+
+
 def box_mask(box: Float[Tensor, "b 4"], height: int, width: int) -> Float[Tensor, "b 1 h w"]:
     """1 where a pixel's centre lies in the box, 0 elsewhere.
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -27,6 +27,11 @@ OUTER_EYE_CORNERS = (33, 263)
 
 OWN_SHAPE = 0.001
 """How far a person's points lie from what the principal ways of people can say, scene units."""
+
+
+def face_model_kind(check: Mapping[str, Any]) -> ModelKind:
+    """Say by which kind of face model a clip's points were found; its `check` tells."""
+    return "task" if check.get("landmarks") == "face_landmarker.task" else "registry"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,11 +14,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from talk3d.errors import ConfigError
-from talk3d.metrics.image import SSIM_WINDOW, ssim_map
+from talk3d.metrics.image import structure_loss
 from talk3d.models.avatar import Avatar
 from talk3d.models.deltaplane import DeltaplaneTensors, bases_reach
 from talk3d.ops.compositing import premultiply
-from talk3d.perception.facetemplate import ModelKind
+from talk3d.perception.facetemplate import face_model_kind
 from talk3d.perception.identity import SIDE_PX, Likeness, align_faces, five_points, load_identity
 from talk3d.perception.landmarks import mouth_opening
 from talk3d.perception.lipsync import NUM_FRAMES
@@ -68,7 +68,7 @@ class LossWeights:
     lips: float = 0.0
     """Mean square difference of what a lip reader, taught on the clip, reads off rendered and filmed mouths: our offline lip-sync term."""
     sides: float = 1.0
-    """Mean absolute difference of colours and opacity, before super-resolution, from the person as fitted, in views that the film does not show."""
+    """Mean absolute difference of colours and opacity, before super-resolution, from the person as settled, in views that the film does not show."""
     hearing: float = 1.0
     """Mean square error of the mouth's components heard in the sound, in the lesson of listening, as are the next two."""
     velocity: float = 0.0
@@ -100,6 +100,8 @@ class LessonConfig:
 
     steps: int = 1800
     """Optimisation steps."""
+    settling_steps: int = 200
+    """First steps, with a schedule of their own: later, sides are held as the person looks then. None in trainings of fewer than twice as many."""
     frames_per_step: int = 4
     """Frames rendered in one step."""
     listening_steps: int = 1200
@@ -141,7 +143,7 @@ class LessonConfig:
         if min(self.steps, self.frames_per_step, self.listening_frames) < 1:
             raise ConfigError("train needs at least 1 step and 1 frame a step: give positive numbers")
         rates = ("listening_rate", "listening_decay", "learning_rate", "mouth_rate", "renderer_rate", "identity_rate")
-        for name in (*rates, "listening_steps", "reading_steps", "mouth_emphasis", "face_emphasis", "audio_noise"):
+        for name in (*rates, "settling_steps", "listening_steps", "reading_steps", "mouth_emphasis", "face_emphasis", "audio_noise"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"{name} cannot be negative or endless, got {getattr(self, name)}: leave it out for a good one")
         if self.frames_per_step < 2 and self.weights.temporal and not self.weights.sync:
@@ -171,7 +173,7 @@ class Lesson:
             self.reader = LipReader(shapes.values.shape[1]).to(device)
         self.perceptual = load_lpips(device=device) if config.weights.perceptual else None
         self.arcface = load_identity(device=device) if config.weights.identity else None
-        self.likeness = Likeness(face_model_kind(clip)) if config.weights.likeness else None
+        self.likeness = Likeness(face_model_kind(clip.check)) if config.weights.likeness else None
         self.sync = SyncLoss(clip.waveform, track.landmarks[:num_frames], clip.fps, avatar.resolution, device) if config.weights.sync else None
         self.average = Average(avatar, config.average_decay)
         self.modules: dict[str, nn.Module] = {"avatar": avatar, "average": self.average.module, "reader": self.reader}
@@ -194,19 +196,18 @@ class Lesson:
         self.rates = [rate for rate, _ in groups]
         self.optimizer = torch.optim.Adam([{"params": params} for _, params in groups], betas=(0.9, 0.99), eps=NEGLIGIBLE, fused=True)
         self.parameters = [part for _, parts in groups for part in parts if part.requires_grad]
-        self.sides = SideViews(avatar.personalized, track.cameras[:num_frames], device) if config.weights.sides else None
-        self.rest, self.num_near = self._mean_coefficients(), avatar.predictor.config.num_near
+        self.sides = SideViews(track.cameras[:num_frames]).to(device) if config.weights.sides else None
+        if self.sides is not None:
+            self.sides.take(avatar.personalized, avatar.personalized.triplane)
+            self.modules["sides"] = self.sides
+        index = torch.linspace(0, num_frames - 1, min(num_frames, 200)).round().long()
+        self.some, self.num_near = clip.driving(index).to(device), avatar.predictor.config.num_near
+        with torch.no_grad():  # the linear bases' weights of the face at rest
+            self.rest = avatar.conditioner.coefficients(self.some, shapes.values[index].to(device)).mean(0, keepdim=True)
         self.predict = self._predictor()
         self.plate = avatar.background.cpu()
         self.steady = where_steady(clip, self.plate)
         self.generators = {"choice": torch.Generator().manual_seed(seed)}
-
-    def _mean_coefficients(self) -> Float[Tensor, "1 k"]:
-        """Weights of the linear bases of the face at rest: the mean of what drives the frames."""
-        index = torch.linspace(0, self.num_frames - 1, min(self.num_frames, 200)).round().long()
-        driving = self.clip.driving(index).to(self.device)
-        with torch.no_grad():
-            return self.avatar.conditioner.coefficients(driving, self.heard.shapes.values[index].to(driving.blink)).mean(0, keepdim=True)
 
     def _predictor(self) -> Callable[..., Float[Tensor, "b 3 c p p"]]:
         """Return the deltaplane's network; on a GPU its many small steps are recorded once and replayed, since launching them takes longest."""
@@ -267,7 +268,11 @@ class Lesson:
     def step(self, number: int) -> dict[str, Float[Tensor, ""]]:
         """Draw frames, predict their deltaplanes, render, compare, descend."""
         config = self.config
-        scale = cosine_decay(number / config.steps, 0.05) * min(1.0, (number + 1) / 50)
+        settling = config.settling_steps if config.steps >= 2 * config.settling_steps else 0
+        if 0 < number == settling and self.sides is not None:
+            self._hold_sides(self.sides)
+        begin, end = (0, settling) if number < settling else (settling, config.steps)
+        scale = cosine_decay((number - begin) / (end - begin), 0.05) * min(1.0, (number - begin + 1) / 50)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * scale
         terms = self._find_gradients(self._draw())
@@ -276,6 +281,13 @@ class Lesson:
         self.optimizer.step()
         self.average.update(self.avatar, number)
         return terms
+
+    def _hold_sides(self, sides: SideViews) -> None:
+        """Hold sides from now on as the average of the weights shows them, the face at rest."""
+        average = cast(Avatar, self.average.module)
+        with torch.no_grad():
+            tokens, identity = average.conditioner(self.some).mean(0, keepdim=True), average.personalized.triplane
+            sides.take(average.personalized, identity + average.predictor.predict(average.predictor.prepare(identity), tokens, self.rest))
 
     def _find_gradients(self, index: Int[Tensor, " b"]) -> dict[str, Float[Tensor, ""]]:
         """Put the gradients into the parameters, and return the terms.
@@ -386,15 +398,3 @@ def lids_brows_gaze(blink: Float[Tensor, "t 1"], upper_face: Float[Tensor, "t 4"
     """Lids, brows and gaze of every frame, standardised."""
     values = torch.cat([blink, upper_face], 1).float()
     return (values - values.mean(0)) / values.std(0, correction=0).clamp(min=1e-6)
-
-
-def face_model_kind(clip: Clip) -> ModelKind:
-    """Say by which kind of face model a clip's points were found."""
-    return "task" if clip.check.get("landmarks") == "face_landmarker.task" else "registry"
-
-
-def structure_loss(image: Float[Tensor, "b 3 h w"], target: Float[Tensor, "b 3 h w"], weight: Float[Tensor, "b 1 h w"]) -> Float[Tensor, ""]:
-    """Return 1 - SSIM of pictures in [-1, 1], weighted at the windows' centres."""
-    border = SSIM_WINDOW // 2
-    different = 1 - ssim_map(0.5 * (image + 1), 0.5 * (target + 1))
-    return (different * weight[..., border:-border, border:-border]).mean()

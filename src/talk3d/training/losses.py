@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from talk3d.errors import ConfigError
 from talk3d.models.avatar import PersonalizedGenerator
@@ -133,31 +133,33 @@ SIDE_STEP = 3
 """They are every so many-th row and column of a larger picture, others each time."""
 
 
-class SideViews:
-    """A person before training, seen from where the film does not show them: what no frame corrects should stay as the prior guessed it.
+class SideViews(nn.Module):
+    """A person seen from where the film does not show them: what no frame corrects should stay as it was when the pictures were taken.
 
     Planes and decoder fit the filmed views ever better, and with nothing to hold them, cheeks and neck seen from the side become blotchy meanwhile.
     """
 
-    def __init__(self, person: PersonalizedGenerator, filmed: Camera, device: str = "cpu") -> None:
-        """Take pictures of the person as it is.
+    pictures: Tensor
 
-        Args:
-            person: not yet trained, on `device`.
-            filmed: cameras of the frames that will be learnt from.
-            device: where to compare.
-        """
+    def __init__(self, filmed: Camera) -> None:
+        """Choose views that are not among those of the frames that will be learnt from; there are no pictures yet."""
+        super().__init__()
         angles = torch.cartesian_prod(torch.arange(-50.0, 51.0, 10.0), torch.tensor([-20.0, 0.0, 20.0]))  # yaw, pitch
         seen = view_angles(filmed.cam2world[:, :3, :3])[:, :2].rad2deg()
         angles = angles[torch.cdist(angles, seen).amin(1) > UNSEEN_DEG]
-        self.cameras = head_camera(F.pad(angles, (0, 1)).deg2rad()).to(device)
+        self.cameras = head_camera(F.pad(angles, (0, 1)).deg2rad())
+        self.register_buffer("pictures", torch.zeros(len(angles), 4, SIDE_RAYS * SIDE_STEP, SIDE_RAYS * SIDE_STEP))
+
+    def take(self, person: PersonalizedGenerator, planes: Triplane) -> None:
+        """Take the pictures, of a person and its planes, batch 1, as they are now."""
         with torch.no_grad():
-            whole = SIDE_RAYS * SIDE_STEP
-            self.pictures = [self._look(person, person.triplane, self.cameras[number : number + 1], whole, None) for number in range(len(angles))]
+            for number, picture in enumerate(self.pictures):
+                picture.copy_(self._look(person, planes, self.cameras[number : number + 1], self.pictures.shape[-1], None)[0])
 
     def _look(
         self, person: PersonalizedGenerator, planes: Triplane, camera: Camera, side: int, rays: torch.Generator | None
     ) -> Float[Tensor, "1 4 p p"]:
+        camera = camera.to(self.pictures.device)
         features, alpha, _ = person.renderer.render_features(planes, camera, side, generator=rays, occupied=person.occupied)
         return torch.cat([features[:, :3], alpha], 1)
 
@@ -170,13 +172,13 @@ class SideViews:
             choice: which view, and which of its rows and columns.
             rays: jitters the samples.
         """
-        if not self.pictures:
+        if not len(self.pictures):
             return planes.planes.new_zeros([])
         number = int(torch.randint(len(self.pictures), (1,), generator=choice))
         row, column = torch.randint(SIDE_STEP, (2,), generator=choice).tolist()
         camera = self.cameras[number : number + 1].every(SIDE_STEP, row, column, SIDE_RAYS * SIDE_STEP)
         found = self._look(person, planes, camera, SIDE_RAYS, rays)
-        different = (found - self.pictures[number][..., row::SIDE_STEP, column::SIDE_STEP]).abs().mean((0, 2, 3))
+        different = (found[0] - self.pictures[number, :, row::SIDE_STEP, column::SIDE_STEP]).abs().mean((1, 2))
         return different[:3].mean() + different[3]
 
 
