@@ -8,8 +8,6 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, UInt8
 from PIL import Image, ImageDraw
 from torch import Tensor
-from torchmetrics.image.fid import FrechetInceptionDistance
-from torchmetrics.image.kid import KernelInceptionDistance
 
 MAX_PSNR_DB = 100.0
 """What equal pictures score: the mean square is floored at 1e-10, so that means stay finite."""
@@ -158,6 +156,9 @@ def distribution_distances(
         ours: the other.
         device: where to compute the features.
     """
+    from torchmetrics.image.fid import FrechetInceptionDistance  # takes seconds, which training would wait for, too
+    from torchmetrics.image.kid import KernelInceptionDistance
+
     features = [_features(network, pictures, device) for pictures in (real, ours)]
     ready = _Ready(features[0].shape[1])
     with warnings.catch_warnings():

@@ -205,8 +205,7 @@ class Lesson:
         with torch.no_grad():  # the linear bases' weights of the face at rest
             self.rest = avatar.conditioner.coefficients(self.some, shapes.values[index].to(device)).mean(0, keepdim=True)
         self.predict = self._predictor()
-        self.plate = avatar.background.cpu()
-        self.steady = where_steady(clip, self.plate)
+        self.steady = where_steady(clip, avatar.background.cpu()).to(device)
         self.generators = {"choice": torch.Generator().manual_seed(seed)}
 
     def _predictor(self) -> Callable[..., Float[Tensor, "b 3 c p p"]]:
@@ -382,10 +381,9 @@ class Lesson:
         return terms
 
     def _target(self, index: Int[Tensor, " b"]) -> tuple[PictureTarget, Float[Tensor, "b 1 h w"]]:
-        target = foreground(self.clip, index, self.plate, self.steady)
+        target = foreground(self.clip, index, self.avatar.background, self.steady)
         points, side = self.clip.track.landmarks[index].float(), target.image.shape[-1]
         emphasis = face_emphasis(points, side, self.config.mouth_emphasis, self.config.face_emphasis)
-        target = PictureTarget(image=target.image.to(self.device), alpha=target.alpha.to(self.device))
         return target, (emphasis / emphasis.mean((1, 2, 3), keepdim=True)).to(self.device)
 
     def _driving(self, index: Int[Tensor, " b"], choice: torch.Generator) -> Driving:

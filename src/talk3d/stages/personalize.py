@@ -245,6 +245,7 @@ def _uncovered(clip: Clip) -> Iterator[tuple[Float[Tensor, "b 3 h w"], Float[Ten
 
 
 def foreground(clip: Clip, frames: Int[Tensor, " b"], plate: Float[Tensor, "3 h w"], steady: Float[Tensor, "1 h w"]) -> PictureTarget:
-    """Return what should be rendered of these frames: the person without what shines through, hair and all."""
-    image, alpha = unmix(*clip.images(frames), plate, steady)
+    """Return what should be rendered of these frames, where the plate is: the person without what shines through, hair and all."""
+    pictures, mattes = clip.images(frames)
+    image, alpha = unmix(pictures.to(plate.device), mattes.to(plate.device), plate, steady)
     return PictureTarget(image=image, alpha=alpha)
