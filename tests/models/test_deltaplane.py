@@ -110,11 +110,14 @@ def test_near_bases_lie_at_full_resolution_over_the_face(make_predictor, identit
     assert not changed.any()
 
 
-def test_bases_blended_alone_are_what_they_add(make_predictor, identity: Triplane) -> None:
+def test_near_bases_blended_alone_are_what_they_add(make_predictor, identity: Triplane) -> None:
     predictor, tokens, weights = make_predictor(num_near=2, num_bases=1), torch.randn(2, 5, 6), torch.randn(2, 3)
     predictor.scale.fill_(2.5)
-    whole, rest = (predictor(identity, tokens, coefficients).planes for coefficients in (weights, torch.zeros(2, 3)))
-    torch.testing.assert_close(predictor.blend(weights).planes, whole - rest, atol=1e-4, rtol=1e-4)
+    far = torch.cat([torch.zeros(2, 2), weights[:, 2:]], 1)
+    whole, rest = (predictor(identity, tokens, coefficients).planes for coefficients in (weights, far))
+    torch.testing.assert_close(predictor.blend_near(weights).planes, whole - rest, atol=1e-4, rtol=1e-4)
+    alone = make_predictor(num_near=0, num_bases=3).blend_near(weights).planes
+    assert alone.shape == identity.planes.expand(2, -1, -1, -1, -1).shape and not alone.any()
 
 
 @pytest.mark.parametrize("axes", ["fixed", "released"])

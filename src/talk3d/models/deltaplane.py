@@ -285,10 +285,12 @@ class DeltaplanePredictor(nn.Module):
             x = apply_per_slot(self.out, x)  # linear and before the upsampling, which is linear too
         return self._with_bases(x, coefficients)
 
-    def blend(self, coefficients: Float[Tensor, "b m"]) -> Triplane:
-        """Return the linear bases' part of the deltaplane of these weights: zero where there are none."""
-        side = self.config.plane_resolution // 2
-        return self._with_bases(self.scale.new_zeros(len(coefficients), 3, self.config.plane_channels, side, side), coefficients)
+    def blend_near(self, coefficients: Float[Tensor, "b m"]) -> Triplane:
+        """Return the part of the deltaplane that the bases in the window over the face make with these weights, of which the first are theirs."""
+        side = self.config.plane_resolution
+        zero = self.scale.new_zeros(len(coefficients), 3, self.config.plane_channels, side, side)
+        planes = zero if self.near is None else self._in_window(_blend(self.near, coefficients, 0)) * self.scale
+        return Triplane(planes=planes, axes=self.config.plane_axes)
 
     def confine_gradients(self, reach: tuple[Float[Tensor, "n 3 1 s s"], Float[Tensor, "m 3 1 s s"]]) -> None:
         """Leave near and other bases gradients only where they may learn, see `bases_reach`."""

@@ -201,7 +201,7 @@ class Lesson:
             self.sides.take(avatar.personalized, avatar.personalized.triplane)
             self.modules["sides"] = self.sides
         index = torch.linspace(0, num_frames - 1, min(num_frames, 200)).round().long()
-        self.some, self.num_near = clip.driving(index).to(device), avatar.predictor.config.num_near
+        self.some = clip.driving(index).to(device)
         with torch.no_grad():  # the linear bases' weights of the face at rest
             self.rest = avatar.conditioner.coefficients(self.some, shapes.values[index].to(device)).mean(0, keepdim=True)
         self.predict = self._predictor()
@@ -348,8 +348,7 @@ class Lesson:
 
     def _at_rest(self, planes: Triplane, coefficients: Float[Tensor, "b k"]) -> Triplane:
         """Return the first of the planes with mouth, lids, brows and gaze at rest; what head pose and place do is held from the side, too."""
-        back = (self.rest - coefficients[:1]) * (torch.arange(coefficients.shape[1], device=coefficients.device) < self.num_near)
-        return Triplane(planes=planes.planes[:1], axes=planes.axes) + self.avatar.predictor.blend(back)
+        return Triplane(planes=planes.planes[:1], axes=planes.axes) + self.avatar.predictor.blend_near(self.rest - coefficients[:1])
 
     def _compare(self, rendering: Rendering, index: Int[Tensor, " b"], choice: torch.Generator) -> dict[str, Float[Tensor, ""]]:
         weights = self.config.weights
