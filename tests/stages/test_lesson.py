@@ -142,9 +142,10 @@ def test_sides_are_held_as_the_settled_person_shows_them(avatar: Avatar, clip: C
         tokens = settled.conditioner(clip.driving(torch.arange(11))).mean(0, keepdim=True)
         expected.take(person, person.triplane + settled.predictor.predict(settled.predictor.prepare(person.triplane), tokens, lesson.rest))
     torch.testing.assert_close(lesson.sides.pictures, expected.pictures)
-    short = lesson_of(avatar, clip, replace(QUICK, steps=5, settling_steps=3))
-    short.step(3)
-    assert short.optimizer.param_groups[0]["lr"] == pytest.approx(4 * decay(3 / 5) / 50 * short.rates[0])
+    for steps, weight in ((5, 1.0), (8, 0.0)):  # too short, nothing to hold
+        plain = lesson_of(avatar, clip, replace(QUICK, steps=steps, settling_steps=3, weights=LossWeights(sides=weight)))
+        plain.step(3)
+        assert plain.optimizer.param_groups[0]["lr"] == pytest.approx(4 * decay(3 / steps) / 50 * plain.rates[0])
 
 
 def test_sides_are_held_with_the_face_at_rest_and_the_head_as_in_the_frame(avatar: Avatar, clip: Clip) -> None:

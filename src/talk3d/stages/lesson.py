@@ -68,7 +68,8 @@ class LossWeights:
     lips: float = 0.0
     """Mean square difference of what a lip reader, taught on the clip, reads off rendered and filmed mouths: our offline lip-sync term."""
     sides: float = 1.0
-    """Mean absolute difference of colours and opacity, before super-resolution, from the person as settled, in views that the film does not show."""
+    """Mean absolute difference of colours and opacity, before super-resolution, from the person as fitted, later as settled, in views that the film
+    does not show."""
     hearing: float = 1.0
     """Mean square error of the mouth's components heard in the sound, in the lesson of listening, as are the next two."""
     velocity: float = 0.0
@@ -101,7 +102,8 @@ class LessonConfig:
     steps: int = 1800
     """Optimisation steps."""
     settling_steps: int = 200
-    """First steps, with a schedule of their own: later, sides are held as the person looks then. None in trainings of fewer than twice as many."""
+    """First steps, with a schedule of their own: later, sides are held as the person looks then. None in trainings of fewer than twice as many, and
+    none where `weights.sides` is 0."""
     frames_per_step: int = 4
     """Frames rendered in one step."""
     listening_steps: int = 1200
@@ -115,7 +117,7 @@ class LessonConfig:
     reading_steps: int = 300
     """Steps in which the lip reader is taught."""
     learning_rate: float = 2e-3
-    """Adam's rate of U-Net and tokens at the start; falls to a twentieth along a half cosine."""
+    """Adam's rate of U-Net and tokens at the start; falls to a twentieth along a half cosine, in the settling steps and again in the others."""
     mouth_rate: float = 1e-2
     """Adam's rate of the linear bases of mouth, lids, brows and gaze, with the same schedule."""
     renderer_rate: float = 1.5e-3
@@ -267,8 +269,8 @@ class Lesson:
     def step(self, number: int) -> dict[str, Float[Tensor, ""]]:
         """Draw frames, predict their deltaplanes, render, compare, descend."""
         config = self.config
-        settling = config.settling_steps if config.steps >= 2 * config.settling_steps else 0
-        if 0 < number == settling and self.sides is not None:
+        settling = 0 if self.sides is None or config.steps < 2 * config.settling_steps else config.settling_steps
+        if self.sides is not None and 0 < number == settling:
             self._hold_sides(self.sides)
         begin, end = (0, settling) if number < settling else (settling, config.steps)
         scale = cosine_decay((number - begin) / (end - begin), 0.05) * min(1.0, (number - begin + 1) / 50)

@@ -152,6 +152,7 @@ class SideViews(nn.Module):
 
     def take(self, person: PersonalizedGenerator, planes: Triplane) -> None:
         """Take the pictures, of a person and its planes, batch 1, as they are now."""
+        self.cameras = self.cameras.to(self.pictures.device)
         with torch.no_grad():
             for number, picture in enumerate(self.pictures):
                 picture.copy_(self._look(person, planes, self.cameras[number : number + 1], self.pictures.shape[-1], None)[0])
@@ -159,7 +160,6 @@ class SideViews(nn.Module):
     def _look(
         self, person: PersonalizedGenerator, planes: Triplane, camera: Camera, side: int, rays: torch.Generator | None
     ) -> Float[Tensor, "1 4 p p"]:
-        camera = camera.to(self.pictures.device)
         features, alpha, _ = person.renderer.render_features(planes, camera, side, generator=rays, occupied=person.occupied)
         return torch.cat([features[:, :3], alpha], 1)
 
