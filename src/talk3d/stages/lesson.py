@@ -288,7 +288,7 @@ class Lesson:
         average = cast(Avatar, self.average.module)
         with torch.no_grad():
             tokens, identity = average.conditioner(self.some).mean(0, keepdim=True), average.personalized.triplane
-            sides.take(average.personalized, identity + average.predictor.predict(average.predictor.prepare(identity), tokens, self.rest))
+            sides.take(average.personalized, identity + average.predictor(identity, tokens, self.rest))
 
     def _find_gradients(self, index: Int[Tensor, " b"]) -> dict[str, Float[Tensor, ""]]:
         """Put the gradients into the parameters, and return the terms.
@@ -350,7 +350,7 @@ class Lesson:
 
     def _at_rest(self, planes: Triplane, coefficients: Float[Tensor, "b k"]) -> Triplane:
         """Return the first of the planes with mouth, lids, brows and gaze at rest; what head pose and place do is held from the side, too."""
-        return Triplane(planes=planes.planes[:1], axes=planes.axes) + self.avatar.predictor.blend_near(self.rest - coefficients[:1])
+        return planes[:1] + self.avatar.predictor.blend_near(self.rest - coefficients[:1])
 
     def _compare(self, rendering: Rendering, index: Int[Tensor, " b"], choice: torch.Generator) -> dict[str, Float[Tensor, ""]]:
         weights = self.config.weights
