@@ -66,7 +66,8 @@ def test_crops_are_read_as_the_squares_that_their_maps_cut():
     frames = np.zeros((3, 100, 100, 3), np.uint8)
     frames[2, :, 60:] = 200
     crop = np.tile(np.array([[0.5, 0.0, -20.0], [0.0, 0.5, 10.0]]), (3, 1, 1))  # of source px 40 … 240, -20 … 180
-    pictures, squares = al.CropViews(frames, crop).read(torch.tensor([2, 0]))
+    with tempfile.TemporaryFile() as file:
+        pictures, squares = al.crop_views(file, frames, crop).read(torch.tensor([2, 0]))
     assert squares.tolist() == [[40.0, -20.0, 200.0]] * 2
     assert pictures.shape == (2, 3, 100, 100)
     assert abs(int(pictures[0, 1].mean(0).argmax()) - 60) <= 1
@@ -108,11 +109,12 @@ def test_hair_and_ears_hold_the_head_while_the_face_moves():
     slides = torch.zeros(12, 4)
     slides[::2, 1] = 0.012  # one side more than the other, which is taken for a turn
     frames = np.stack([_painted(whole, true, index, slides[index])[0] for index in range(12)])
-    views = al.CropViews(frames, np.tile(np.array([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]), (12, 1, 1)))
     worst = {}
-    for name, surface in (("whole", whole), ("alone", alone)):
-        found = al.refine_motion(start, views, torch.arange(12), (256, 256), surface)
-        worst[name] = _trembling(found, true)
+    with tempfile.TemporaryFile() as file:
+        views = al.crop_views(file, frames, np.tile(np.array([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]), (12, 1, 1)))
+        for name, surface in (("whole", whole), ("alone", alone)):
+            found = al.refine_motion(start, views, torch.arange(12), (256, 256), surface)
+            worst[name] = _trembling(found, true)
     assert worst["whole"] < 0.004
     assert worst["alone"] > 2 * worst["whole"]
 

@@ -1,5 +1,6 @@
 """Face points against a rendered person's truth, with both face models."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -197,9 +198,18 @@ def test_lips_are_read_from_vivid_colours_and_all_else_from_the_picture_as_it_is
     box = registry_model.detect(portrait)[0]
     grey = np.repeat(portrait.mean(-1, keepdims=True).round().astype(np.uint8), 3, -1)
     for picture, lips_differ in ((portrait, True), (grey, False)):
-        plain, vivid = (lm._run_points(registry_model._points, picture, box, registry_model._mirror, colour)[0] for colour in (1.0, lm.VIVID))
+        plain, vivid = registry_model._points(picture, box, (1.0, lm.VIVID))[0]
         seen = registry_model.observe(picture, box).landmarks[:468]
         rest = [point for point in range(468) if point not in {*lm.LIPS, *lm.RIGHT_EYE, *lm.LEFT_EYE}]
         np.testing.assert_array_equal(seen[list(lm.LIPS)], vivid[list(lm.LIPS)])
         np.testing.assert_array_equal(seen[rest], plain[rest])
         assert (np.abs(vivid - plain).max() > 0.1) == lips_differ
+
+
+def test_looks_side_by_side_are_those_of_one_network_in_turn(registry_model, portrait: np.ndarray):
+    box, points = registry_model.detect(portrait)[0], registry_model._points
+    squares = [replace(box, side_px=scale * box.side_px) for scale in lm.LOOK_SCALES]
+    looks = [points._look(points._networks[0], portrait, square, (1.0,)) for square in squares]
+    (found,), score = points(portrait, box)
+    np.testing.assert_allclose(found, np.mean([look for seen, _ in looks for look in seen[0]], 0), atol=1e-4)
+    assert score == pytest.approx(1 / (1 + np.exp(-min(logits.min() for _, logits in looks))), abs=1e-6)

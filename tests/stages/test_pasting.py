@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 import torch
 
-from talk3d.errors import ConfigError
+from talk3d.errors import ConfigError, MediaError
 from talk3d.io.catalogue import sha256_of
 from talk3d.io.media import read_audio, read_frames, read_video, scan_video
 from talk3d.io.writing import VideoWriter, encoding_for
 from talk3d.stages.animate import AnimateConfig, animate, write_animation
-from talk3d.stages.pasting import Film
+from talk3d.stages.pasting import Film, _ahead
 from talk3d.types import Clip, Waveform
 
 COUNT, SIDE = 16, 64
@@ -114,3 +114,20 @@ def test_another_film_is_refused(filmed: tuple[Path, Path], make_avatar, tmp_pat
     assert Film(filmed[1], moved, 25.0, SIDE).scan.num_frames == 18
     with pytest.raises(ConfigError, match="film's camera"):
         AnimateConfig(paste_into=filmed[1], camera="orbit")
+
+
+def test_what_is_made_ahead_comes_in_order_and_its_error_too() -> None:
+    made: list[int] = []
+
+    def items():
+        for number in range(20):
+            made.append(number)
+            yield np.array(number)
+        raise MediaError("the film ends here")
+
+    found: list[int] = []
+    with pytest.raises(MediaError, match="ends here"):
+        for item in _ahead(items(), 3):
+            found.append(int(item))
+            assert len(made) <= len(found) + 3
+    assert found == made == list(range(20))

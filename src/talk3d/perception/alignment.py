@@ -84,11 +84,17 @@ MOST_TURNED = 2.5
 
 
 class FaceViews:
-    """Small grey pictures of the face, one per frame, in a nameless file on disk, and where they lie in the source pictures."""
+    """Small pictures of the face, one per frame, as local contrast in a nameless file on disk, and where they lie in the source pictures."""
 
-    def __init__(self, file: BinaryIO) -> None:
-        """Start empty; `file` is written and read, and closed by its owner."""
-        self._file = file
+    def __init__(self, file: BinaryIO, side: int = SIDE_PX, window: int = SIDE_PX // 14) -> None:
+        """Start empty.
+
+        Args:
+            file: is written and read, and closed by its owner.
+            side: of the pictures, px.
+            window: of what is local, px.
+        """
+        self._file, self._side, self._window = file, side, window
         self._squares: dict[int, tuple[float, float, float]] = {}
 
     def put(self, index: int, frame: UInt8[np.ndarray, "h w 3"], landmarks: Float[np.ndarray, "n 2"]) -> None:
@@ -96,53 +102,44 @@ class FaceViews:
         low, high = landmarks.min(0), landmarks.max(0)
         side = float(1.2 * (high - low).max())
         left, top = (float(value) - side / 2 for value in (low + high) / 2)
-        self._squares[index] = (left, top, side)
-        margin = max(1, math.ceil(2 * side / SIDE_PX))
+        margin = max(1, math.ceil(2 * side / self._side))
         corner = (max(math.floor(left) - margin, 0), max(math.floor(top) - margin, 0))
         part = Image.fromarray(frame[corner[1] : math.ceil(top + side) + margin, corner[0] : math.ceil(left + side) + margin]).convert("L")
-        scale = side / SIDE_PX
+        scale = side / self._side
         shrunk = part.reduce(int(scale)) if scale >= 2 else part
         factor = int(scale) if scale >= 2 else 1
         affine = (scale / factor, 0, (left - corner[0]) / factor, 0, scale / factor, (top - corner[1]) / factor)
-        view = shrunk.transform((SIDE_PX, SIDE_PX), Image.Transform.AFFINE, affine, Image.Resampling.BILINEAR)
-        self._file.seek(index * SIDE_PX**2)
-        self._file.write(view.tobytes())
+        view = shrunk.transform((self._side, self._side), Image.Transform.AFFINE, affine, Image.Resampling.BILINEAR)
+        self.keep(index, view, (left, top, side))
+
+    def keep(self, index: int, view: Image.Image, square: tuple[float, float, float]) -> None:
+        """Keep a grey picture that shows a square of the frame with this left, top and side, px."""
+        grey = np.asarray(view, np.float32)
+        mean = uniform_filter(grey, self._window, mode="nearest")
+        spread = uniform_filter(grey * grey, self._window, mode="nearest") - mean * mean
+        contrast = (grey - mean) / np.sqrt(np.maximum(spread, 0) + 16.0)
+        self._squares[index] = square
+        self._file.seek(2 * index * self._side**2)
+        self._file.write(contrast.astype(np.float16).tobytes())
 
     def read(self, indices: Int[Tensor, " b"]) -> tuple[Float[Tensor, "b 3 s s"], Float[Tensor, "b 3"]]:
         """Pictures of local contrast with their slopes to the right and down, and the left, top and side of the squares they show, px."""
-        pictures = []
-        for index in indices.tolist():
-            self._file.seek(index * SIDE_PX**2)
-            pictures.append(np.frombuffer(self._file.read(SIDE_PX**2), np.uint8).reshape(SIDE_PX, SIDE_PX))
-        return _contrasts(pictures, SIDE_PX // 14), torch.tensor([self._squares[index] for index in indices.tolist()])
+        contrasts = np.empty((len(indices), self._side, self._side), np.float16)
+        for contrast, index in zip(contrasts, indices.tolist(), strict=True):
+            self._file.seek(2 * index * self._side**2)
+            contrast[:] = np.frombuffer(self._file.read(contrast.nbytes), np.float16).reshape(contrast.shape)
+        contrast = torch.from_numpy(contrasts).float()
+        down, right = torch.gradient(contrast, dim=(1, 2))
+        return torch.stack([contrast, right, down], 1), torch.tensor([self._squares[index] for index in indices.tolist()])
 
 
-class CropViews:
-    """A clip's crops, and where they lie in the source pictures."""
-
-    def __init__(self, frames: UInt8[np.ndarray, "t s s 3"], crop: Float[np.ndarray, "t 2 3"]) -> None:
-        """`crop`: the map of every frame from source px to crop px, without rotation."""
-        self._frames = frames
-        side = frames.shape[1] / crop[:, :1, 0]
-        self._squares = torch.from_numpy(np.concatenate([-crop[:, :, 2] / crop[:, :1, 0], side], 1)).float()
-
-    def read(self, indices: Int[Tensor, " b"]) -> tuple[Float[Tensor, "b 3 s s"], Float[Tensor, "b 3"]]:
-        """Pictures and squares as those of `FaceViews`."""
-        pictures = [np.asarray(Image.fromarray(self._frames[index]).convert("L")) for index in indices.tolist()]
-        return _contrasts(pictures, self._frames.shape[1] // 25), self._squares[indices]
-
-
-def _contrasts(pictures: list[UInt8[np.ndarray, "s s"]], window: int) -> Float[Tensor, "b 3 s s"]:
-    """Local contrast of grey pictures, with its slopes to the right and down."""
-    contrasts = []
-    for picture in pictures:
-        grey = picture.astype(np.float32)
-        mean = uniform_filter(grey, window, mode="nearest")
-        spread = uniform_filter(grey * grey, window, mode="nearest") - mean * mean
-        contrasts.append((grey - mean) / np.sqrt(np.maximum(spread, 0) + 16.0))
-    contrast = torch.from_numpy(np.stack(contrasts))
-    down, right = torch.gradient(contrast, dim=(1, 2))
-    return torch.stack([contrast, right, down], 1)
+def crop_views(file: BinaryIO, frames: UInt8[np.ndarray, "t s s 3"], crop: Float[np.ndarray, "t 2 3"]) -> FaceViews:
+    """A clip's crops as views; `crop` maps source px of every frame to crop px, without rotation."""
+    side = frames.shape[1]
+    views = FaceViews(file, side, side // 25)
+    for index, (scale, right, down) in enumerate(crop[:, (0, 0, 1), (0, 2, 2)].tolist()):
+        views.keep(index, Image.fromarray(frames[index]).convert("L"), (-right / scale, -down / scale, side / scale))
+    return views
 
 
 class Surface:
@@ -215,7 +212,7 @@ def _lifts(points: Float[Tensor, "n 3"], face: Float[Tensor, "p 3"]) -> Float[Te
 
 def refine_motion(
     motion: HeadMotion,
-    views: FaceViews | CropViews,
+    views: FaceViews,
     pictures: Int[Tensor, " t"],
     image_size: tuple[int, int],
     surface: Surface | None = None,
@@ -234,7 +231,7 @@ def refine_motion(
 
 
 def refine_brows(
-    lift: Float[Tensor, "t 2"], motion: HeadMotion, views: FaceViews | CropViews, pictures: Int[Tensor, " t"], image_size: tuple[int, int]
+    lift: Float[Tensor, "t 2"], motion: HeadMotion, views: FaceViews, pictures: Int[Tensor, " t"], image_size: tuple[int, int]
 ) -> Float[Tensor, "t 2"]:
     """Correct how far the right and the left brow are drawn up until they look as in all other frames.
 
@@ -257,7 +254,7 @@ class _Alignment:
     def __init__(
         self,
         motion: HeadMotion,
-        views: FaceViews | CropViews,
+        views: FaceViews,
         pictures: Tensor,
         image_size: tuple[int, int],
         surface: Surface,

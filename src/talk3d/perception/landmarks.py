@@ -8,6 +8,7 @@ Reference: BlazeFace (arXiv 1907.05047); Real-time facial surface geometry from 
 
 import logging
 import math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -103,8 +104,7 @@ class TaskFaceModel:
         self.source = "face_landmarker.task"
         self.kind: ModelKind = "task"
         self._detector = FaceDetector(Network(members["face_detector.tflite"]))
-        self._points = Network(members["face_landmarks_detector.tflite"])
-        self._mirror = load_template(self.kind).mirror.numpy()
+        self._points = _PointNetwork(members["face_landmarks_detector.tflite"], self.kind)
         self._blendshapes = Network(members["face_blendshapes.tflite"])
 
     def detect(self, frame: UInt8[np.ndarray, "h w 3"]) -> list[FaceBox]:
@@ -113,7 +113,7 @@ class TaskFaceModel:
 
     def observe(self, frame: UInt8[np.ndarray, "h w 3"], box: FaceBox) -> FaceObservation | None:
         """478 points of the face in `box`, or None if there is none."""
-        landmarks, score = _run_points(self._points, frame, box, self._mirror)
+        (landmarks,), score = self._points(frame, box)
         if score < 0.5:
             return None
         weights = self._blendshapes(landmarks[list(BLENDSHAPE_POINTS)])[0]
@@ -133,8 +133,7 @@ class RegistryFaceModel:
         self.source = "models of mediapipe 0.10.21"
         self.kind: ModelKind = "registry"
         self._detector = FaceDetector(Network(registry_model("face_detection_short_range.tflite", folder)))
-        self._points = Network(registry_model("face_landmark.tflite", folder))
-        self._mirror = load_template(self.kind).mirror.numpy()
+        self._points = _PointNetwork(registry_model("face_landmark.tflite", folder), self.kind)
         self._eye_network = Network(registry_model("iris_landmark.tflite", folder))
 
     def detect(self, frame: UInt8[np.ndarray, "h w 3"]) -> list[FaceBox]:
@@ -143,10 +142,10 @@ class RegistryFaceModel:
 
     def observe(self, frame: UInt8[np.ndarray, "h w 3"], box: FaceBox) -> FaceObservation | None:
         """478 points of the face in `box`, or None if there is none."""
-        landmarks, score = _run_points(self._points, frame, box, self._mirror)
+        (landmarks, vivid), score = self._points(frame, box, (1.0, VIVID))
         if score < 0.5:
             return None
-        landmarks[list(LIPS)] = _run_points(self._points, frame, box, self._mirror, VIVID)[0][list(LIPS)]
+        landmarks[list(LIPS)] = vivid[list(LIPS)]
         eyes = [self._eye(frame, landmarks[list(corners)], mirrored) for corners, mirrored in ((RIGHT_EYE_CORNERS, False), (LEFT_EYE_CORNERS, True))]
         landmarks[[*RIGHT_EYE, *LEFT_EYE]] = np.concatenate([eye[:16] for eye in eyes])
         landmarks = np.concatenate([landmarks, *(eye[16:] for eye in eyes)])
@@ -317,24 +316,38 @@ def steady_gaze(gaze: Float[Tensor, "t 2"], blink: Float[Tensor, "t 1"]) -> Floa
     return torch.from_numpy(np.stack([np.interp(np.arange(len(gaze)), known, axis[known]) for axis in gaze.numpy().T], -1)).float()
 
 
-def _run_points(network: Network, frame: np.ndarray, box: FaceBox, mirror: np.ndarray, vivid: float = 1.0) -> tuple[np.ndarray, float]:
-    """Points in pixels of the picture, the mean of looks at four squares, and the lowest score that there is a face.
+class _PointNetwork:
+    """The network of the face points. It looks four times, at two sizes and mirrored: its errors differ from look to look much more than faces do."""
 
-    One network looks four times, at two sizes and mirrored, because its errors differ from look to look much more than the face does.
-    Colours are `vivid` times as far from grey.
-    """
-    looks, scores = [], []
-    for scale in LOOK_SCALES:
-        square = replace(box, side_px=box.side_px * scale)
-        patch = unit_range(sample_square(frame, square, network.side_px))
-        if vivid != 1:
-            grey = patch.mean(-1, keepdims=True)
-            patch = (grey + vivid * (patch - grey)).clip(0, 1)
-        for mirrored in (False, True):
-            outputs = [np.ravel(output) for output in network(np.ascontiguousarray(patch[:, ::-1]) if mirrored else patch)]
-            points = outputs[0].reshape(-1, 3)[:, :2] / network.side_px
-            if mirrored:
-                points = (points * [-1, 1] + [1, 0])[mirror[: len(points)]]
-            looks.append(from_square(points, square))
-            scores.append(outputs[1][0])
-    return np.stack(looks).mean(0).astype(np.float32), float(1 / (1 + np.exp(-np.clip(min(scores), -80, 80))))
+    def __init__(self, contents: bytes, kind: ModelKind) -> None:
+        """Read the network, once for each size: they are looked at side by side."""
+        self._networks = [Network(contents) for _ in LOOK_SCALES]
+        self._pool = ThreadPoolExecutor(len(LOOK_SCALES))
+        self._mirror = load_template(kind).mirror.numpy()
+
+    def __call__(self, frame: np.ndarray, box: FaceBox, vivid: tuple[float, ...] = (1.0,)) -> tuple[Float32[np.ndarray, "v n 2"], float]:
+        """Points in pixels of the picture, the mean of all looks, and the lowest score that there is a face.
+
+        Args:
+            frame: the picture.
+            box: where the face is.
+            vivid: how far from grey the colours are made, times what they are; points for each, the score of the first.
+        """
+        squares = [replace(box, side_px=box.side_px * scale) for scale in LOOK_SCALES]
+        looks = self._pool.map(self._look, self._networks, [frame] * len(squares), squares, [vivid] * len(squares))
+        points, scores = (np.stack(found) for found in zip(*looks, strict=True))
+        return points.mean((0, 2)).astype(np.float32), float(1 / (1 + np.exp(-np.clip(scores[:, 0].min(), -80, 80))))
+
+    def _look(self, network: Network, frame: np.ndarray, square: FaceBox, vivid: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray]:
+        """Points (v 2 n 2) and logits (v 2) of one square as it is and mirrored."""
+        patch, looks, scores = unit_range(sample_square(frame, square, network.side_px)), [], []
+        grey = patch @ np.full((3, 1), 1 / 3, np.float32)
+        for factor in vivid:
+            colours = patch if factor == 1 else (grey + factor * (patch - grey)).clip(0, 1)
+            for mirrored in (False, True):
+                outputs = [np.ravel(output) for output in network(np.ascontiguousarray(colours[:, ::-1]) if mirrored else colours)]
+                points = outputs[0].reshape(-1, 3)[:, :2] / network.side_px
+                looks.append(from_square((points * [-1, 1] + [1, 0])[self._mirror[: len(points)]] if mirrored else points, square))
+                scores.append(outputs[1][0])
+        shape = len(vivid), 2
+        return np.stack(looks).reshape(*shape, -1, 2), np.reshape(scores, shape)

@@ -115,7 +115,7 @@ class SelfieMatting:
         matte = self._network(np.ascontiguousarray(small, dtype=np.float32) / 255)[0][..., 0]
         if (height, width) != (side, side):
             matte = np.asarray(Image.fromarray(matte).resize((width, height), Image.Resampling.BILINEAR))
-        guide = picture.astype(np.float32).mean(-1) / 255
+        guide = picture.astype(np.float32) @ np.full(3, 1 / 765, np.float32)
         refined = guided_filter(guide, matte, self._radius_px, self._smoothness)
         return np.clip((refined - 0.05) / 0.9, 0, 1).astype(np.float32)
 

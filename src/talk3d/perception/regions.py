@@ -53,11 +53,11 @@ class OutlineParser:
         eyes = right | left
         height = _height(np.moveaxis(np.mgrid[: shape[0], : shape[1]][::-1] + 0.5, 0, -1), landmarks)
         person = matte > 127
-        colour = np.stack([uniform_filter(picture[..., channel].astype(np.float32), 3, mode="nearest") for channel in range(3)], -1)
-        self._skin = self._learn(self._skin, colour[oval & ~mouth & ~eyes & (height > 0.25) & (height < 0.8)])
-        self._hair = self._learn(self._hair, colour[person & ~oval & (height > 1.12)])
+        colour = np.stack([uniform_filter(picture[..., channel].astype(np.float32), 3, mode="nearest") for channel in range(3)])
+        self._skin = self._learn(self._skin, colour[:, oval & ~mouth & ~eyes & (height > 0.25) & (height < 0.8)])
+        self._hair = self._learn(self._hair, colour[:, person & ~oval & (height > 1.12)])
         shoulders = np.abs(np.arange(shape[1]) + 0.5 - landmarks[CHIN, 0]) > 0.55 * np.ptp(landmarks[:468, 0])  # beside the neck
-        self._cloth = self._learn(self._cloth, colour[person & shoulders & (height < -0.05)])
+        self._cloth = self._learn(self._cloth, colour[:, person & shoulders & (height < -0.05)])
         skin_like = self._like_skin(colour, self._hair)
         bare = self._like_skin(colour, self._cloth) & (height > -0.6)
         parts = np.where(height > 0.02, np.where(skin_like, SKIN, HAIR), np.where(bare, NECK, CLOTH)).astype(np.uint8)
@@ -73,15 +73,15 @@ class OutlineParser:
     def _like_skin(self, colour: np.ndarray, other: np.ndarray | None) -> np.ndarray:
         """Pixels that look more like skin than like something else; all where a colour is unknown."""
         if self._skin is None or other is None:
-            return np.ones(colour.shape[:2], bool)
+            return np.ones(colour.shape[1:], bool)
         return uniform_filter(_surprise(colour, other) - _surprise(colour, self._skin), 5, mode="nearest") > 0
 
     def _learn(self, known: np.ndarray | None, pixels: np.ndarray) -> np.ndarray | None:
         """Median and spread of a colour, mixed with what was known; few pixels teach nothing."""
-        if len(pixels) < 50:
+        if pixels.shape[1] < 50:
             return known
-        middle = np.median(pixels, 0)
-        seen = np.stack([middle, 1.48 * np.median(np.abs(pixels - middle), 0) + 8])
+        middle = np.median(pixels, 1)
+        seen = np.stack([middle, 1.48 * np.median(np.abs(pixels - middle[:, None]), 1) + 8])
         return seen if known is None else self._memory * known + (1 - self._memory) * seen
 
 
@@ -100,4 +100,5 @@ def _height(places: np.ndarray, landmarks: np.ndarray) -> np.ndarray:
 
 def _surprise(colour: np.ndarray, known: np.ndarray) -> np.ndarray:
     """Squared distance from a colour in units of its spread, with the spread's own cost."""
-    return (((colour - known[0]) / known[1]) ** 2).sum(-1) + 2 * float(np.log(known[1]).sum())
+    middle, spread = known[..., None, None]
+    return (((colour - middle) / spread) ** 2).sum(0) + 2 * float(np.log(spread).sum())

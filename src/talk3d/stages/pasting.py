@@ -3,6 +3,7 @@
 import tempfile
 from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -146,13 +147,22 @@ def write_crops(
                 progress("crops", index + 1, len(crop), {})
                 yield matting(picture)
 
-        for index, matte in enumerate(steady_mattes(mattes())):
+        for index, matte in enumerate(steady_mattes(_ahead(mattes()))):
             mattes_file.write(matte.tobytes())
             picture = waiting.popleft()
             parts_file.write((parser(picture) if parser else outlines(picture, matte, landmarks[index])).tobytes())
         source = f"{matting.source}; {(parser or outlines).source}"
         masks = FaceMasks(person=_mapped(mattes_file, shape), parts=_mapped(parts_file, shape), source=source)
         return _mapped(frames_file, (*shape, 3)), masks, wide.views()
+
+
+def _ahead(items: Iterator[np.ndarray], most: int = 8) -> Iterator[np.ndarray]:
+    """The same items, of which a thread of its own makes so many before they are asked for."""
+    with ThreadPoolExecutor(1) as pool:
+        waiting = deque(pool.submit(next, items, None) for _ in range(most))
+        while (item := waiting.popleft().result()) is not None:
+            waiting.append(pool.submit(next, items, None))
+            yield item
 
 
 class WideCuts:

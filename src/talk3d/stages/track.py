@@ -24,7 +24,7 @@ from talk3d.io.timeline import shot_starts
 from talk3d.io.weights import load_prior
 from talk3d.metrics.capture import CaptureReport, FaceMeasures, capture_report, in_step
 from talk3d.ops.geometry import CAMERA_FOCAL, mean_rotation, view_angles
-from talk3d.perception.alignment import CropViews, FaceViews, Surface, refine_brows, refine_motion
+from talk3d.perception.alignment import FaceViews, Surface, crop_views, refine_brows, refine_motion
 from talk3d.perception.facetemplate import FaceTemplate, load_template
 from talk3d.perception.headpose import HeadMotion, solve_head_pose, steadied
 from talk3d.perception.headspace import nod_head_space, settle_head_space, widen_head_turns
@@ -154,7 +154,7 @@ def track(
     num_training = num_frames - min(round(config.held_out_s * config.fps), num_frames // 5)
     frames, masks, wide = write_crops(scan, faces.start, crop, locate(brows, motion), num_training, config.size_px, parser, progress)
     motion, head, constants = _as_the_prior_sees(motion, partial(locate, brows), frames, masks)  # about the face, so that crops stay
-    motion, brows = _follow_head(motion, brows, head, CropViews(frames, crop), faces.seen, cuts, config.fps, size)
+    motion, brows = _follow_head(motion, brows, head, partial(crop_views, frames=frames, crop=crop), faces.seen, cuts, config.fps, size)
     return Clip(
         frames=frames,
         fps=config.fps,
@@ -339,7 +339,7 @@ def _follow_head(
     motion: HeadMotion,
     brows: Float[Tensor, "t 2"],
     head: Surface | None,
-    views: CropViews,
+    views_in: Callable[..., FaceViews],
     seen: Bool[Tensor, " t"],
     cuts: tuple[int, ...],
     fps: float,
@@ -349,8 +349,10 @@ def _follow_head(
     if head is None:
         return motion, brows
     index = torch.nonzero(seen)[:, 0]
-    motion = refine_motion(motion.at(seen), views, index, size, head)
-    brows = _without_jolts(refine_brows(brows[seen], motion, views, index, size), seen, fps)
+    with tempfile.TemporaryFile() as file:
+        views = views_in(file)
+        motion = refine_motion(motion.at(seen), views, index, size, head)
+        brows = _without_jolts(refine_brows(brows[seen], motion, views, index, size), seen, fps)
     return steadied(motion, seen, cuts, fps), brows
 
 

@@ -381,8 +381,10 @@ def hearing_losses(conditioner: Conditioner, heard: Heard, frames: Int[Tensor, "
         silent = heard.quiet[torch.randint(len(heard.quiet), (max(1, len(frames) // 8),), generator=generator)]
         windows = torch.cat([windows, heard.audio.values[silent, None].expand(-1, windows.shape[1], -1, -1)])
         turned = torch.cat([turned, turns[silent]])
-    windows = windows + noise * torch.randn(windows.shape, generator=generator)
-    found = conditioner.mouth(conditioner.audio_token(windows.to(weight)), turned.to(weight))
+    sounds = windows.to(weight)
+    hiss = torch.Generator(weight.device).manual_seed(int(torch.randint(2**62, (), generator=generator)))
+    sounds = sounds + noise * torch.randn(sounds.shape, generator=hiss, device=weight.device)
+    found = conditioner.mouth(conditioner.audio_token(sounds), turned.to(weight))
     importance = heard.shapes.importance.to(weight)
 
     def error(mouth: Float[Tensor, "n k"], wanted: Float[Tensor, "*n k"]) -> Float[Tensor, ""]:
