@@ -51,7 +51,7 @@ def random_avatar(size: str, device: str) -> Avatar:
         blink=torch.rand(count, 1),
         head_pose=0.2 * torch.randn(count, 3),
         anchors=torch.rand(count, 6),
-        upper_face=0.05 * torch.randn(count, 4),
+        upper_face=0.05 * torch.randn(count, 5),
     )
     background = torch.zeros(3, side, side)
     avatar = Avatar(

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from talk3d.errors import MediaError, ShapeError
 from talk3d.io.clips import load_clip, read_openface_blink, save_clip
@@ -23,7 +24,7 @@ def make_clip(count: int = 6) -> Clip:
         landmarks=torch.randn(count, 468, 2, generator=generator),
         anchors=torch.randn(count, 6, generator=generator),
         blink=torch.rand(count, 1, generator=generator),
-        upper_face=torch.randn(count, 4, generator=generator),
+        upper_face=torch.randn(count, 5, generator=generator),
         confidence=torch.ones(count, 1),
         crop=rng.normal(size=(count, 2, 3)),
     )
@@ -74,6 +75,15 @@ def test_everything_comes_back_as_it_was(tmp_path: Path):
     assert (again.audio.source, again.masks.source) == ("logmel64", "drawn")
     assert [path.name for path in tmp_path.iterdir()] == ["one.clip"]
     assert again.masks.parts is None
+
+
+def test_clips_of_before_cheeks_were_followed_have_them_at_rest(tmp_path: Path):
+    clip = make_clip()
+    clip.save(tmp_path / "old.clip")
+    tensors = load_file(tmp_path / "old.clip" / "track.safetensors")
+    save_file(tensors | {"upper_face": tensors["upper_face"][:, :4].contiguous()}, tmp_path / "old.clip" / "track.safetensors")
+    again = load_clip(tmp_path / "old.clip")
+    assert again.track.upper_face[:, :4].equal(clip.track.upper_face[:, :4]) and not again.track.upper_face[:, 4].any()
 
 
 def test_parts_and_wide_features_come_back(tmp_path: Path):

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
@@ -236,7 +237,7 @@ def avatar(person: PersonalizedGenerator) -> Avatar:
             blink=torch.rand(4, 1),
             head_pose=torch.randn(4, 3),
             anchors=torch.rand(4, 6),
-            upper_face=torch.randn(4, 4) / 20,
+            upper_face=torch.randn(4, 5) / 20,
         ),
         background=torch.rand(3, 64, 64) * 2 - 1,
         audio_source="logmel64",
@@ -251,6 +252,16 @@ def avatar(person: PersonalizedGenerator) -> Avatar:
 
 def halves(x: torch.Tensor) -> torch.Tensor:
     return x.half().float()
+
+
+def test_avatars_of_before_cheeks_were_followed_have_them_at_rest(avatar: Avatar, tmp_path: Path) -> None:
+    save_avatar(avatar, tmp_path / "new.t3d")
+    with safe_open(tmp_path / "new.t3d", "pt") as file:
+        tensors, header = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    name = "performance.upper_face"
+    save_file(tensors | {name: tensors[name][:, :4].contiguous()}, tmp_path / "old.t3d", header)
+    again = load_avatar(tmp_path / "old.t3d").performance.upper_face
+    assert again[:, :4].equal(avatar.performance.upper_face[:, :4]) and not again[:, 4].any()
 
 
 def test_a_prior_comes_back_within_half_precision(prior: Prior, tmp_path: Path) -> None:
@@ -294,7 +305,7 @@ def test_an_avatar_gives_the_same_frames_and_performance(avatar: Avatar, tmp_pat
         blink=torch.rand(2, 1),
         head_pose=torch.randn(2, 3),
         anchors=torch.rand(2, 6),
-        upper_face=torch.randn(2, 4) / 20,
+        upper_face=torch.randn(2, 5) / 20,
     )
     with torch.no_grad():
         mine, theirs = (model.render(driving, avatar.performance.cameras[:2]) for model in (avatar, back))

@@ -51,7 +51,7 @@ def track(known: Truth, scale: float, turn: torch.Tensor, shift: torch.Tensor) -
         landmarks=torch.zeros(FRAMES, 478, 2),
         anchors=torch.zeros(FRAMES, 6),
         blink=torch.zeros(FRAMES, 1),
-        upper_face=torch.zeros(FRAMES, 4),
+        upper_face=torch.zeros(FRAMES, 5),
         confidence=torch.ones(FRAMES, 1),
         crop=torch.cat([matrix, -corner.expand(FRAMES, 2)[..., None]], -1).numpy(),
     )

@@ -35,7 +35,7 @@ def avatar(generator: TriplaneGenerator) -> Avatar:
             blink=torch.rand(count, 1),
             head_pose=torch.randn(count, 3),
             anchors=torch.rand(count, 6),
-            upper_face=torch.randn(count, 4) / 20,
+            upper_face=torch.randn(count, 5) / 20,
         ),
         background=torch.zeros(3, 64, 64),
         audio_source="logmel64",
@@ -50,7 +50,7 @@ def driving(count: int = 3) -> Driving:
         blink=torch.rand(count, 1),
         head_pose=torch.randn(count, 3),
         anchors=torch.rand(count, 6),
-        upper_face=torch.randn(count, 4) / 20,
+        upper_face=torch.randn(count, 5) / 20,
     )
 
 
@@ -158,7 +158,7 @@ def released(generator: TriplaneGenerator) -> Avatar:
         personalized=PersonalizedGenerator.from_generator(generator, generator.mapping(torch.randn(1, 8)), {}),
         config=AvatarConfig(conditioning=conditioning, deltaplane=sizes),
         performance=Performance(
-            cameras=CAMERA, blink=torch.rand(3, 1), head_pose=torch.randn(3, 3), anchors=torch.rand(3, 6), upper_face=torch.randn(3, 4) / 20
+            cameras=CAMERA, blink=torch.rand(3, 1), head_pose=torch.randn(3, 3), anchors=torch.rand(3, 6), upper_face=torch.randn(3, 5) / 20
         ),
         background=torch.zeros(3, 64, 64),
         audio_source="logmel64",

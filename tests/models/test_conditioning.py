@@ -1,12 +1,13 @@
 """The five tokens: order, values, and when they are dropped."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from talk3d.models.conditioning import RELEASED, AudioAttention, Conditioner, ConditioningConfig, Limits, PositionalMLP, TurnedMouth
+from talk3d.models.conditioning import RELEASED, AudioAttention, Conditioner, ConditioningConfig, Limits, PositionalMLP, TurnedMouth, posture
 from talk3d.types import Driving
 
 AUDIO, BLINK, NULL, ROTATION, LANDMARKS = range(5)
@@ -18,7 +19,7 @@ def driving(count: int = 3, channels: int = 12) -> Driving:
         blink=torch.rand(count, 1),
         head_pose=torch.randn(count, 3),
         anchors=torch.rand(count, 6),
-        upper_face=torch.randn(count, 4) / 20,
+        upper_face=torch.randn(count, 5) / 20,
     )
 
 
@@ -76,24 +77,30 @@ def test_coefficients_are_the_mouth_heard_and_what_was_tracked() -> None:
     found = model.heard_coefficients(model(given), given)
     assert found.shape == (3, model.config.num_coefficients) == (3, 13)
     torch.testing.assert_close(found[:, :3], model.mouth_head(model(given)[:, AUDIO]))
-    torch.testing.assert_close(found[:, 3:], torch.cat([2 * given.blink, 20 * given.upper_face, 4 * given.head_pose, 4 * given.anchors[:, :2]], 1))
+    tracked = torch.cat([2 * given.blink, 20 * given.upper_face[:, :4], 4 * given.head_pose, 4 * given.anchors[:, :2]], 1)
+    torch.testing.assert_close(found[:, 3:], tracked)
 
 
-def test_how_the_head_is_turned_adds_to_the_mouth_that_is_heard() -> None:
-    model, given = conditioner(mouth_shapes=3, limits=True), driving()
+@pytest.mark.parametrize("cheeks", [False, True])
+def test_how_the_head_is_turned_and_cheeks_are_drawn_up_adds_to_the_mouth_that_is_heard(cheeks: bool) -> None:
+    model, given = conditioner(mouth_shapes=3, limits=True, cheeks=cheeks), driving()
     tokens = model(given)
     assert isinstance(model.mouth_turned, TurnedMouth) and model.limits is not None
     torch.testing.assert_close(model.heard(tokens, given), model.mouth_head(tokens[:, AUDIO]))  # nothing at first
     for parameter in model.mouth_turned.parameters():
         torch.nn.init.normal_(parameter)
     added = model.heard(tokens, given) - model.mouth_head(tokens[:, AUDIO])
-    torch.testing.assert_close(added, model.mouth_turned(tokens[:, AUDIO], model.limits.turn(given.head_pose)), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(added, model.mouth_turned(tokens[:, AUDIO], model.limits.within(posture(given))), atol=1e-4, rtol=1e-4)
     assert added.abs().min() > 0
+    smiling = replace(given, upper_face=given.upper_face + torch.tensor([0.0, 0.0, 0.0, 0.0, 0.1]))
+    assert model.heard(tokens, smiling).equal(model.heard(tokens, given)) != cheeks
+    torch.testing.assert_close(model(smiling), tokens)  # they are in no token
 
 
-def test_what_goes_beyond_what_was_learnt_counts_as_its_edge() -> None:
-    model = conditioner(mouth_shapes=3, limits=True)
-    pose, upper = torch.randn(400, 3) * torch.tensor([0.2, 0.1, 0.05]), torch.randn(400, 4) * 0.01 + 0.1
+@pytest.mark.parametrize("cheeks", [False, True])
+def test_what_goes_beyond_what_was_learnt_counts_as_its_edge(cheeks: bool) -> None:
+    model = conditioner(mouth_shapes=3, limits=True, cheeks=cheeks)
+    pose, upper = torch.randn(400, 3) * torch.tensor([0.2, 0.1, 0.05]), torch.randn(400, 5) * 0.01 + 0.1
     model.limits.learn(pose, upper)
     seen = torch.cat([pose, upper], 1).numpy()
     low, high = (torch.from_numpy(np.quantile(seen, share, axis=0)) for share in (Limits.share, 1 - Limits.share))
@@ -103,10 +110,10 @@ def test_what_goes_beyond_what_was_learnt_counts_as_its_edge() -> None:
         beyond = Driving(**vars(usual) | {"head_pose": at_edge.head_pose + sign, "upper_face": at_edge.upper_face + sign})
         for found, expected in zip(_all_of(model, beyond), _all_of(model, at_edge), strict=True):
             torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(model.limits.turn(beyond.head_pose), torch.full((3, 3), sign))
+        torch.testing.assert_close(model.limits.within(posture(beyond)), torch.full((3, 3 + cheeks), sign))
         assert not _all_of(model, beyond)[2].allclose(_all_of(model, usual)[2])
     free = conditioner(mouth_shapes=3)
-    torch.testing.assert_close(free.coefficients(beyond, torch.zeros(3, 3))[:, 4:8], 20 * beyond.upper_face)
+    torch.testing.assert_close(free.coefficients(beyond, torch.zeros(3, 3))[:, 4:8], 20 * beyond.upper_face[:, :4])
 
 
 def _all_of(model: Conditioner, given: Driving) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -35,7 +35,7 @@ class KnownAvatar(Avatar):
             blink=count[:, None] / 10,
             head_pose=count[:, None].repeat(1, 3),
             anchors=count[:, None].repeat(1, 6),
-            upper_face=count[:, None].repeat(1, 4),
+            upper_face=count[:, None].repeat(1, 5),
         )
         self.alpha = alpha
         self.seen: list[tuple[Driving, Camera]] = []
@@ -102,7 +102,7 @@ def tiny_avatar() -> Avatar:
                 blink=count[:, None] / 10,
                 head_pose=count[:, None].repeat(1, 3) / 10,
                 anchors=count[:, None].repeat(1, 6) / 10,
-                upper_face=count[:, None].repeat(1, 4) / 100,
+                upper_face=count[:, None].repeat(1, 5) / 100,
             ),
             background=torch.zeros(3, 32, 32),
             audio_source="logmel64",
@@ -163,7 +163,7 @@ def make_clip(count: int = 16, side: int = 64, **changes: Any) -> Clip:
             landmarks=landmarks * side,
             anchors=torch.tensor([0.0, -0.1, 0.2, -0.2, -0.2, -0.2]).repeat(count, 1),
             blink=(time % 7 == 3).float()[:, None],
-            upper_face=0.03 * torch.stack([torch.sin(time + i) for i in range(4)], -1),
+            upper_face=0.03 * torch.stack([torch.sin(time + i) for i in range(5)], -1),
             confidence=torch.ones(count, 1),
             crop=np.tile(np.eye(2, 3), (count, 1, 1)),
         ),

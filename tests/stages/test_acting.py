@@ -21,7 +21,7 @@ def performance(count: int = 500) -> Performance:
     blink = 0.02 + 0.9 * ((torch.arange(count) % 100 >= 50) & (torch.arange(count) % 100 < 54)).float()
     gain = torch.arange(18.0).reshape(3, 6) / 10
     brows = 0.03 * torch.sin(2.3 * time)[:, None].expand(-1, 2)
-    upper_face = torch.cat([brows, 0.1 - pose[:, :2]], 1)
+    upper_face = torch.cat([brows, 0.1 - pose[:, :2], 0.2 + pose[:, 1:2]], 1)
     return Performance(cameras=head_camera(pose), blink=blink[:, None], head_pose=pose, anchors=0.3 + pose @ gain, upper_face=upper_face)
 
 
@@ -71,7 +71,8 @@ def test_else_the_head_moves_by_itself_and_anchors_brows_and_gaze_with_it() -> N
     acts = Actor(ActingConfig(seed=5), own, FPS).at(frames)
     torch.testing.assert_close(acts.head_pose - own.head_pose.mean(0), acts.turn)
     torch.testing.assert_close(acts.anchors, 0.3 + acts.head_pose @ (torch.arange(18.0).reshape(3, 6) / 10), atol=1e-4, rtol=0)
-    torch.testing.assert_close(acts.upper_face[:, 2:], 0.1 - acts.head_pose[:, :2], atol=1e-4, rtol=0)
+    torch.testing.assert_close(acts.upper_face[:, 2:4], 0.1 - acts.head_pose[:, :2], atol=1e-4, rtol=0)
+    torch.testing.assert_close(acts.upper_face[:, 4:], 0.2 + acts.head_pose[:, 1:2], atol=1e-4, rtol=0)
     torch.testing.assert_close(acts.upper_face[:, :2].std(0), 0.5 * own.upper_face[:, :2].std(0), rtol=0.3, atol=0)
     assert acts.upper_face[:, 0].equal(acts.upper_face[:, 1])
     expected = 0.5 * (own.head_pose - own.head_pose.mean(0)).square().mean(0).sqrt()

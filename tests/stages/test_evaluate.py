@@ -36,7 +36,7 @@ def a_clip(frames: np.ndarray, num_training_frames: int, **changes: object) -> C
         landmarks=corners.repeat(234, 1).expand(count, 468, 2),
         anchors=torch.zeros(count, 6),
         blink=torch.zeros(count, 1),
-        upper_face=torch.zeros(count, 4),
+        upper_face=torch.zeros(count, 5),
         confidence=torch.ones(count, 1),
         crop=np.tile(np.eye(2, 3), (count, 1, 1)),
     )

@@ -224,7 +224,7 @@ def _listener(**config) -> tuple[Conditioner, Heard]:
     conditioner = Conditioner(ConditioningConfig(audio_channels=8, token_width=16, mouth_shapes=2, **config))
     shapes = MouthShapes(values=torch.randn(12, 2), importance=torch.tensor([0.75, 0.25]))
     audio = AudioFeatures(values=torch.randn(12, 16, 8), fps=25.0, source="test")
-    return conditioner, Heard(audio=audio, shapes=shapes, head_pose=torch.randn(12, 3), quiet=torch.tensor([3]), shut=torch.tensor([1.0, -1.0]))
+    return conditioner, Heard(audio=audio, shapes=shapes, postures=torch.randn(12, 4), quiet=torch.tensor([3]), shut=torch.tensor([1.0, -1.0]))
 
 
 def test_hearing_losses_are_weighted_square_errors() -> None:
@@ -259,7 +259,7 @@ def test_mouths_of_one_sound_that_differ_as_the_head_turns_are_told_apart() -> N
     for limits in (False, True):
         conditioner, heard = _listener(limits=limits)
         same = replace(heard.audio, values=heard.audio.values[:1].expand(12, -1, -1))
-        turned = MouthShapes(values=heard.head_pose[:, :2] * heard.head_pose[:, 1:], importance=heard.shapes.importance)
+        turned = MouthShapes(values=heard.postures[:, :2] * heard.postures[:, 1:3], importance=heard.shapes.importance)
         heard = replace(heard, audio=same, shapes=turned, quiet=torch.tensor([], dtype=torch.long))
         optimizer = torch.optim.Adam(conditioner.parameters(), lr=1e-2)
         for _ in range(150):
@@ -269,6 +269,23 @@ def test_mouths_of_one_sound_that_differ_as_the_head_turns_are_told_apart() -> N
             optimizer.step()
         errors.append(float(loss.detach()))
     assert errors[1] < 0.1 * errors[0]
+
+
+def test_smiles_that_no_sound_tells_are_told_by_the_cheeks() -> None:
+    errors = []
+    for cheeks in (False, True):
+        conditioner, heard = _listener(limits=True, cheeks=cheeks)
+        smiles = MouthShapes(values=heard.postures[:, 3:] * torch.tensor([[1.0, -0.5]]), importance=heard.shapes.importance)
+        heard = replace(heard, audio=replace(heard.audio, values=heard.audio.values[:1].expand(12, -1, -1)), shapes=smiles, quiet=heard.quiet[:0])
+        heard = replace(heard, postures=torch.cat([torch.zeros(12, 3), heard.postures[:, 3:].clamp(-1, 1)], 1))
+        optimizer = torch.optim.Adam(conditioner.parameters(), lr=1e-2)
+        for _ in range(150):
+            loss = hearing_losses(conditioner, heard, torch.arange(11), 0.0, torch.Generator())["hearing"]
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        errors.append(float(loss.detach()))
+    assert errors[1] < 0.3 * errors[0]
 
 
 def test_with_noise_sounds_are_mixed_and_so_is_what_should_be_heard() -> None:
@@ -287,7 +304,7 @@ def test_with_noise_sounds_are_mixed_and_so_is_what_should_be_heard() -> None:
     assert shares.min() > -1e-4 and int((shares > 1e-3).sum(1).max()) == 2
     torch.testing.assert_close(shares[:6, :6], shares[6:, 6:], atol=1e-4, rtol=0)  # both frames of a pair alike, so that their change stays a change
     with torch.no_grad():
-        found = conditioner.mouth(listen(mixed[0][: len(pairs)]), shares @ heard.head_pose[pairs])
+        found = conditioner.mouth(listen(mixed[0][: len(pairs)]), shares @ heard.postures[pairs])
     wanted = shares @ heard.shapes.values[pairs]
     torch.testing.assert_close(losses["hearing"].detach(), ((found - wanted).square() * heard.shapes.importance).sum(1).mean(), rtol=1e-3, atol=0)
 

@@ -19,7 +19,7 @@ def make_clip(**changes: Any) -> Clip:
         landmarks=torch.zeros(T, 478, 2),
         anchors=torch.arange(6.0 * T).reshape(T, 6),
         blink=torch.arange(float(T))[:, None],
-        upper_face=torch.arange(4.0 * T).reshape(T, 4),
+        upper_face=torch.arange(5.0 * T).reshape(T, 5),
         confidence=torch.ones(T, 1),
         crop=np.zeros((T, 2, 3)),
     )

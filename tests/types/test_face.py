@@ -12,7 +12,7 @@ def track(num_blinks: int) -> FaceTrack:
         landmarks=torch.zeros(3, 478, 2),
         anchors=torch.zeros(3, 6),
         blink=torch.zeros(num_blinks, 1),
-        upper_face=torch.zeros(3, 4),
+        upper_face=torch.zeros(3, 5),
         confidence=torch.ones(3, 1),
         crop=np.zeros((3, 2, 3)),
     )

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -148,6 +149,8 @@ def _facts(clip: Clip) -> dict[str, Any]:
 
 def _assemble(facts: dict[str, Any], tensors: dict[str, torch.Tensor], frames: np.ndarray, masks: FaceMasks) -> Clip:
     """The clip from its parts."""
+    if tensors["upper_face"].shape[1] == 4:
+        tensors["upper_face"] = F.pad(tensors["upper_face"], (0, 1))  # older clips know nothing of cheeks
     track = FaceTrack(
         cameras=Camera(cam2world=tensors["cam2world"], intrinsics=tensors["intrinsics"]),
         crop=tensors["crop"].numpy(),

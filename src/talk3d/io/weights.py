@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -347,7 +348,7 @@ def _check_talking(renderer: RendererConfig, config: AvatarConfig, moves: Mappin
     if (planes.plane_channels, planes.plane_resolution) != (renderer.plane_channels, renderer.plane_resolution):
         raise WeightsError(f"{path} moves other planes than its person has: make the avatar again")
     length = len(moves["blink"]) if "blink" in moves and moves["blink"].dim() else 0
-    wanted = {"cameras": (length, 25), "blink": (length, 1), "head_pose": (length, 3), "anchors": (length, 6), "upper_face": (length, 4)}
+    wanted = {"cameras": (length, 25), "blink": (length, 1), "head_pose": (length, 3), "anchors": (length, 6), "upper_face": (length, 5)}
     check_fit(wanted, {name: tuple(value.shape) for name, value in moves.items()}, f"the performance in {path}")
     if not length or tensors.get("background", torch.empty(0)).shape[:1] != (3,) or tensors["background"].dim() != 3:
         raise WeightsError(f"{path} lacks a performance or a background of three colours: make the avatar again")
@@ -363,6 +364,8 @@ def load_avatar(path: str | Path = "sample") -> Avatar:
     tensors, header = load_tensors(place, "avatar")
     renderer, config = config_from_json(RendererConfig, header["renderer"], place), config_from_json(AvatarConfig, header["config"], place)
     moves = {k.removeprefix("performance."): tensors.pop(k) for k in list(tensors) if k.startswith("performance.")}
+    if moves.get("upper_face", torch.empty(0)).shape[1:] == (4,):
+        moves["upper_face"] = F.pad(moves["upper_face"], (0, 1))  # older avatars know nothing of cheeks
     _check_talking(renderer, config, moves, tensors, place)
 
     def make() -> Avatar:

@@ -126,7 +126,7 @@ class Performance:
     blink: Float[Tensor, "t 1"]
     head_pose: Float[Tensor, "t 3"]
     anchors: Float[Tensor, "t 6"]
-    upper_face: Float[Tensor, "t 4"]
+    upper_face: Float[Tensor, "t 5"]
 
     @classmethod
     def of(cls, track: FaceTrack, frames: slice | Int[Tensor, " t"]) -> "Performance":

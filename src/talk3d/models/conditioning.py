@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from talk3d.types import Driving
+from talk3d.types import Driving, FaceTrack
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +33,8 @@ class ConditioningConfig:
     limits: bool = False
     """Whether heads that are turned, and brows and eyes that are moved, farther than in what was learnt from count as if they were at its edge,
     and the mouth's components follow from how the head is turned, too."""
+    cheeks: bool = False
+    """Whether they follow, with limits, from how far smiles draw the cheeks up, as well."""
     drop_rate: float = 0.1
     """How often, in training, each token but the audio's is replaced by the null token."""
 
@@ -134,26 +136,26 @@ class Limits(nn.Module):
     share = 0.02
     """Of what was learnt from, that lies beyond either limit: a few tracked values are always wrong."""
 
-    def __init__(self) -> None:
+    def __init__(self, cheeks: bool) -> None:
         super().__init__()
-        self.register_buffer("low", -torch.ones(7))
-        self.register_buffer("high", torch.ones(7))
+        self.register_buffer("low", -torch.ones(7 + cheeks))
+        self.register_buffer("high", torch.ones(7 + cheeks))
 
-    def learn(self, head_pose: Float[Tensor, "t 3"], upper_face: Float[Tensor, "t 4"]) -> None:
+    def learn(self, head_pose: Float[Tensor, "t 3"], upper_face: Float[Tensor, "t 5"]) -> None:
         """Take the limits of the frames that are learnt from."""
-        seen = torch.cat([head_pose, upper_face], 1).float()
+        seen = torch.cat([head_pose, upper_face], 1).float()[:, : len(self.low)]
         for limit, share in ((self.low, self.share), (self.high, 1 - self.share)):
             limit.copy_(torch.quantile(seen, share, dim=0))
 
-    def turn(self, head_pose: Float[Tensor, "b 3"]) -> Float[Tensor, "b 3"]:
-        """Return how the head is turned, -1 at the lower and 1 at the upper limit."""
-        low, high = self.low[:3], self.high[:3]
-        return 2 * (head_pose.clamp(low, high) - low) / (high - low).clamp(min=1e-6) - 1
+    def within(self, posture: Float[Tensor, "b 4"]) -> Float[Tensor, "b p"]:
+        """Return how the head is turned and, where that matters, the cheeks are drawn up, -1 at the lower and 1 at the upper limit."""
+        low, high = (torch.cat([limit[:3], limit[7:]]) for limit in (self.low, self.high))
+        return 2 * (posture[:, : len(low)].clamp(low, high) - low) / (high - low).clamp(min=1e-6) - 1
 
     def forward(self, driving: Driving) -> Driving:
         """Return what drives b frames, within the limits."""
-        head_pose, upper_face = driving.head_pose.clamp(self.low[:3], self.high[:3]), driving.upper_face.clamp(self.low[3:], self.high[3:])
-        return replace(driving, head_pose=head_pose, upper_face=upper_face)
+        head_pose, eyes = driving.head_pose.clamp(self.low[:3], self.high[:3]), driving.upper_face[:, :4].clamp(self.low[3:7], self.high[3:7])
+        return replace(driving, head_pose=head_pose, upper_face=torch.cat([eyes, driving.upper_face[:, 4:]], 1))
 
 
 def quadratic(angles: Float[Tensor, "n 3"]) -> Float[Tensor, "n 9"]:
@@ -161,28 +163,34 @@ def quadratic(angles: Float[Tensor, "n 3"]) -> Float[Tensor, "n 9"]:
     return torch.cat([angles, angles.square(), angles * angles.roll(1, 1)], 1)
 
 
-class TurnedMouth(nn.Module):
-    """What the mouth's components owe to how the head is turned, by itself and together with what is heard.
+def posture(moved: Driving | FaceTrack) -> Float[Tensor, "b 4"]:
+    """Return what, beside the sound, decides how a mouth looks: the head's angles and how far the cheeks are drawn up."""
+    return torch.cat([moved.head_pose, moved.upper_face[:, 4:]], 1)
 
-    The components are of pictures: an open mouth of a head that is turned away is another picture than one of a head that looks up.
+
+class TurnedMouth(nn.Module):
+    """What the mouth's components owe to how the head is turned and the cheeks are drawn up, by itself and together with what is heard.
+
+    The components are of pictures: an open mouth of a head that is turned away is another picture than one of a head that looks up. And smiles,
+    which no sound tells, move the lips, and slowly.
     """
 
-    def __init__(self, width: int, num_shapes: int) -> None:
+    def __init__(self, width: int, num_shapes: int, cheeks: bool) -> None:
         super().__init__()
-        self.alone = nn.Linear(9, num_shapes)
-        self.together = nn.Sequential(nn.Linear(width + 3, width), nn.LeakyReLU(0.1), nn.Linear(width, num_shapes))
+        self.alone = nn.Linear(9 + cheeks, num_shapes)
+        self.together = nn.Sequential(nn.Linear(width + 3 + cheeks, width), nn.LeakyReLU(0.1), nn.Linear(width, num_shapes))
         for layer in (self.alone, self.together[2]):
             for parameter in layer.parameters():
                 nn.init.zeros_(parameter)
 
-    def forward(self, token: Float[Tensor, "b d"], turn: Float[Tensor, "b 3"]) -> Float[Tensor, "b s"]:
+    def forward(self, token: Float[Tensor, "b d"], within: Float[Tensor, "b p"]) -> Float[Tensor, "b s"]:
         """Return what is to be added to the components that are heard: a quadratic in the angles, and what they do together with the sound.
 
         Args:
             token: the audio's.
-            turn: of the head, -1 and 1 at the limits of what was learnt from.
+            within: three angles of the head and, if asked for, the cheeks, -1 and 1 at the limits of what was learnt from.
         """
-        return self.alone(quadratic(turn)) + self.together(torch.cat([token, turn], 1))
+        return self.alone(torch.cat([quadratic(within[:, :3]), within[:, 3:]], 1)) + self.together(torch.cat([token, within], 1))
 
 
 class Conditioner(nn.Module):
@@ -200,8 +208,8 @@ class Conditioner(nn.Module):
         self.blink_encoder = BlinkEncoder(config.blink_octaves, width)
         self.camera_encoder = CameraEncoder(config.pose_octaves, config.anchor_octaves, width)
         self.mouth_head = nn.Linear(width, config.mouth_shapes) if config.mouth_shapes else None
-        self.limits = Limits() if config.limits else None
-        self.mouth_turned = TurnedMouth(width, config.mouth_shapes) if config.mouth_shapes and config.limits else None
+        self.limits = Limits(config.cheeks) if config.limits else None
+        self.mouth_turned = TurnedMouth(width, config.mouth_shapes, config.cheeks) if config.mouth_shapes and config.limits else None
         self.null_vector = nn.Parameter(torch.randn(1, 1, width))
 
     def audio_token(self, windows: Float[Tensor, "b n f w"]) -> Float[Tensor, "b d"]:
@@ -213,21 +221,21 @@ class Conditioner(nn.Module):
         """What hears: the layers from sound to audio token, and to the shapes of the mouth."""
         return nn.ModuleList([part for part in (self.audio_net, self.audio_att_net, self.mouth_head, self.mouth_turned) if part is not None])
 
-    def mouth(self, token: Float[Tensor, "b d"], head_pose: Float[Tensor, "b 3"]) -> Float[Tensor, "b s"]:
-        """Return the mouth shapes that are heard in the audio token, with the head turned like that; none where none are read off."""
+    def mouth(self, token: Float[Tensor, "b d"], held: Float[Tensor, "b 4"]) -> Float[Tensor, "b s"]:
+        """Return the mouth shapes that are heard in the audio token, with head and cheeks held like that; none where none are read off."""
         if self.mouth_head is None:
             return token[:, :0]
         mouth = self.mouth_head(token)
-        return mouth if self.limits is None or self.mouth_turned is None else mouth + self.mouth_turned(token, self.limits.turn(head_pose))
+        return mouth if self.limits is None or self.mouth_turned is None else mouth + self.mouth_turned(token, self.limits.within(held))
 
     def heard(self, tokens: Float[Tensor, "b 5 d"], driving: Driving) -> Float[Tensor, "b s"]:
         """Return the mouth shapes of encoded frames; the audio token is never dropped."""
-        return self.mouth(tokens[:, 0], driving.head_pose)
+        return self.mouth(tokens[:, 0], posture(driving))
 
     def coefficients(self, driving: Driving, mouth: Float[Tensor, "b s"]) -> Float[Tensor, "b k"]:
         """Return the weights of the linear bases, of about unit size: mouth shapes as given, blink, brows, gaze, rotation, place."""
         driving = driving if self.limits is None else self.limits(driving)
-        return torch.cat([mouth, 2 * driving.blink, 20 * driving.upper_face, 4 * driving.head_pose, 4 * driving.anchors[:, :2]], 1)
+        return torch.cat([mouth, 2 * driving.blink, 20 * driving.upper_face[:, :4], 4 * driving.head_pose, 4 * driving.anchors[:, :2]], 1)
 
     def heard_coefficients(self, tokens: Float[Tensor, "b 5 d"], driving: Driving) -> Float[Tensor, "b k"]:
         """Return the weights of the linear bases of encoded frames, the mouth as it is heard."""

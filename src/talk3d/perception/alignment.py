@@ -48,7 +48,6 @@ MOVING_PARTS = (
 """Outlines of brow, lids and eye on either side, which are left out."""
 NOSE_TIP = 1
 """Outside the face and above this, hair and ears move with the head alone."""
-
 BROW_POINTS = (105, 66, 107, 336, 296, 334)
 """On the upper rim of the brows."""
 NOSE_BRIDGE, FOREHEAD_TOP = 197, 10
@@ -216,8 +215,10 @@ def refine_motion(
     pictures: Int[Tensor, " t"],
     image_size: tuple[int, int],
     surface: Surface | None = None,
-) -> HeadMotion:
+) -> tuple[HeadMotion, Float[Tensor, "t 1"]]:
     """Correct each frame's pose until the rigid parts of the head look as in all other frames.
+
+    The second result is how far smiles draw the cheeks up against where they usually are, in distances between the outer eye corners.
 
     Args:
         motion: where to begin.
@@ -227,7 +228,9 @@ def refine_motion(
         surface: of the head; None takes that of the face's points, and first finds how deep it is.
     """
     trust = (*TRUST, BROW_TRUST, ONE_BROW_TRUST, BROW_TRUST, CHEEK_TRUST)
-    return _Alignment(motion, views, pictures, image_size, surface or Surface.rigid(motion.face), trust).run(surface is None)
+    alignment = _Alignment(motion, views, pictures, image_size, surface or Surface.rigid(motion.face), trust)
+    refined, cheeks = alignment.run(surface is None), alignment.drawn[:, 3:]
+    return refined, (cheeks - cheeks.median()) / _eye_distance(motion.face)
 
 
 def refine_brows(

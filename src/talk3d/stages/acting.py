@@ -117,7 +117,7 @@ class Acts:
     blink: Float[Tensor, "b 1"]
     head_pose: Float[Tensor, "b 3"]
     anchors: Float[Tensor, "b 6"]
-    upper_face: Float[Tensor, "b 4"]
+    upper_face: Float[Tensor, "b 5"]
     turn: Float[Tensor, "b 3"]
     """How far the head is from its mean pose, radians; zeros where the camera moves with the performance."""
 
@@ -156,7 +156,7 @@ class Actor:
         self.mean_pose, self.mean_others = pose.mean(0), others.mean(0)
         moved = pose - self.mean_pose
         self.gain = torch.linalg.lstsq(moved.double(), (others - self.mean_others).double(), driver="gelsd").solution.float()
-        """How anchors, brows and gaze move with the head's angles, in the clip."""
+        """How anchors, brows, gaze and cheeks move with the head's angles, in the clip."""
         self.brow_spread = SWAY * config.head_motion * (others - self.mean_others - moved @ self.gain)[:, 6:8].square().mean(0).sqrt()
         most = math.radians(MOST_SWAY_DEG)
         self.spread = config.head_motion * (SWAY * moved.square().mean(0).sqrt()).clamp(max=most)
@@ -170,11 +170,11 @@ class Actor:
             pose, anchors, upper_face = (values[performed] for values in (self.pose, self.anchors, self.upper_face))
             return Acts(blink=self._blink(frames), head_pose=pose, anchors=anchors, upper_face=upper_face, turn=torch.zeros_like(pose))
         turn = self.spread * sway(frames, self.fps, self.seed) if self.scale is None else self.scale * (self.pose[performed] - self.pose.mean(0))
-        anchors, upper_face = (self.mean_others + turn @ self.gain).split([6, 4], 1)
+        anchors, upper_face = (self.mean_others + turn @ self.gain).split([6, 5], 1)
         if self.scale is not None:
             upper_face = self.upper_face[performed]
         else:
-            upper_face = upper_face + F.pad(self.brow_spread * sway(frames, self.fps, self.seed + 1)[:, :1], (0, 2))
+            upper_face = upper_face + F.pad(self.brow_spread * sway(frames, self.fps, self.seed + 1)[:, :1], (0, 3))
         return Acts(blink=self._blink(frames), head_pose=self.mean_pose + turn, anchors=anchors, upper_face=upper_face, turn=turn)
 
     def _blink(self, frames: Int[Tensor, " b"]) -> Float[Tensor, "b 1"]:

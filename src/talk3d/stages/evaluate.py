@@ -301,7 +301,7 @@ def driven_by(clip: Clip) -> dict[str, str]:
     return {
         "audio": f"{clip.audio.source} features of the clip's own sound, whole clip, so context crosses into the training part",
         "blink": "tracked in the held-out frames (eyelids), on a scale that the whole clip sets",
-        "upper_face": "tracked in the held-out frames (brows and irises)",
+        "upper_face": "tracked in the held-out frames (brows, irises and upper cheeks)",
         "head_pose": "tracked in the held-out frames (rigid points and skin, one solution for the whole clip, smoothed over time)",
         "anchors": "tracked in the held-out frames (projected from the rigid pose)",
         "cameras": "tracked in the held-out frames, with head_pose",

@@ -41,7 +41,7 @@ class _Talker(nn.Module):
         blink: Float[Tensor, "1 1"],
         head_pose: Float[Tensor, "1 3"],
         anchors: Float[Tensor, "1 6"],
-        upper_face: Float[Tensor, "1 4"],
+        upper_face: Float[Tensor, "1 5"],
     ) -> Float[Tensor, "1 3 c s s"]:
         driving = Driving(audio=audio, blink=blink, head_pose=head_pose, anchors=anchors, upper_face=upper_face)
         tokens = self.conditioner(driving)
@@ -111,7 +111,7 @@ def export_onnx(avatar: Avatar, folder: Path) -> list[Path]:
     avatar = avatar.to("cpu").eval()
     folder.mkdir(parents=True, exist_ok=True)
     channels, config = avatar.config.conditioning.audio_channels, avatar.personalized.renderer.renderer_config
-    done = {name: torch.zeros(1, width) for name, width in (("blink", 1), ("head_pose", 3), ("anchors", 6), ("upper_face", 4))}
+    done = {name: torch.zeros(1, width) for name, width in (("blink", 1), ("head_pose", 3), ("anchors", 6), ("upper_face", 5))}
     heard = {"audio": torch.zeros(1, 8, 16, channels), **done}
     camera = avatar.performance.cameras.to("cpu")[:1]
     with torch.no_grad():

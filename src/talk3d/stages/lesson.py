@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from talk3d.errors import ConfigError
 from talk3d.metrics.image import structure_loss
 from talk3d.models.avatar import Avatar
+from talk3d.models.conditioning import posture
 from talk3d.models.deltaplane import DeltaplaneTensors, bases_reach
 from talk3d.ops.compositing import premultiply
 from talk3d.perception.facetemplate import face_model_kind
@@ -166,7 +167,7 @@ class Lesson:
         shapes = mouth_shapes(torch.cat(looks), track.head_pose[used], num_frames, avatar.config.conditioning.mouth_shapes)
         quiet = quiet_frames(clip.waveform, clip.fps, num_frames).nonzero()[:, 0]
         shut = shut_mouth(shapes, mouth_opening(track.landmarks[used]))
-        self.heard = Heard(audio=clip.audio, shapes=shapes, head_pose=track.head_pose[used].float(), quiet=quiet, shut=shut)
+        self.heard = Heard(audio=clip.audio, shapes=shapes, postures=posture(track)[used].float(), quiet=quiet, shut=shut)
         if avatar.conditioner.limits is not None:
             avatar.conditioner.limits.learn(track.head_pose[:num_frames], track.upper_face[:num_frames])
         self.windows = mouth_windows(track.landmarks[used], avatar.resolution)
@@ -179,7 +180,7 @@ class Lesson:
         self.sync = SyncLoss(clip.waveform, track.landmarks[:num_frames], clip.fps, avatar.resolution, device) if config.weights.sync else None
         self.average = Average(avatar, config.average_decay)
         self.modules: dict[str, nn.Module] = {"avatar": avatar, "average": self.average.module, "reader": self.reader}
-        eyes = lids_brows_gaze(track.blink[used], track.upper_face[used])
+        eyes = lids_brows_gaze(track.blink[used], track.upper_face[used, :4])
         seldom = (unusual(shapes.values[:num_frames]) + unusual(eyes[:num_frames], num_components=5)) / 2
         chances = torch.lerp(torch.full((num_frames,), 1 / num_frames), seldom, config.unusual_frames)
         self.run_length = NUM_FRAMES if config.weights.sync else 2 if config.weights.temporal else 1

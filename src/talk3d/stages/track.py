@@ -142,7 +142,7 @@ def track(
     parser = BiSeNetParser() if config.parsing == "bisenet" else None
     encoder, model = load_speech(config.speech), load_face_model(face_model)
     size = (scan.width_px, scan.height_px)
-    faces, cuts, motion, brows = _find_motion(scan, model, load_template(model.kind), config, progress)
+    faces, cuts, motion, lifts = _find_motion(scan, model, load_template(model.kind), config, progress)
     num_frames = len(faces.landmarks)
     face = measures(faces, np.arange(num_frames), motion, model)
     capture = partial(capture_report, scan, face, cuts=cuts, start=faces.start, num_frames=num_frames)
@@ -152,15 +152,15 @@ def track(
     crop = crop_maps(motion, size, config.size_px)
     locate = partial(_face_track, faces, crop=crop, size=size, crop_px=config.size_px)
     num_training = num_frames - min(round(config.held_out_s * config.fps), num_frames // 5)
-    frames, masks, wide = write_crops(scan, faces.start, crop, locate(brows, motion), num_training, config.size_px, parser, progress)
-    motion, head, constants = _as_the_prior_sees(motion, partial(locate, brows), frames, masks)  # about the face, so that crops stay
-    motion, brows = _follow_head(motion, brows, head, partial(crop_views, frames=frames, crop=crop), faces.seen, cuts, config.fps, size)
+    frames, masks, wide = write_crops(scan, faces.start, crop, locate(lifts, motion), num_training, config.size_px, parser, progress)
+    motion, head, constants = _as_the_prior_sees(motion, partial(locate, lifts), frames, masks)  # about the face, so that crops stay
+    motion, lifts = _follow_head(motion, lifts, head, partial(crop_views, frames=frames, crop=crop), faces.seen, cuts, config.fps, size)
     return Clip(
         frames=frames,
         fps=config.fps,
         waveform=sound,
         audio=encoder(sound, num_frames, config.fps),
-        track=locate(brows, motion),
+        track=locate(lifts, motion),
         masks=masks,
         source=str(Path(video).resolve()),
         source_sha256=sha256_of(Path(video)),
@@ -172,8 +172,8 @@ def track(
 
 def _find_motion(
     scan: VideoScan, model: FaceModel, template: FaceTemplate, config: TrackConfig, progress: Progress
-) -> tuple[Faces, tuple[int, ...], HeadMotion, Float[Tensor, "t 2"]]:
-    """The faces, the shot changes among them, the head's motion and how far the brows are drawn up.
+) -> tuple[Faces, tuple[int, ...], HeadMotion, Float[Tensor, "t 3"]]:
+    """The faces, the shot changes among them, the head's motion and how far the brows and the cheeks are drawn up.
 
     Motion and brows are refined by small pictures of the face that are kept on disk meanwhile; brows before the motion is smoothed, which parts the
     two where a head moves fast.
@@ -185,21 +185,22 @@ def _find_motion(
         cuts = _cuts_inside(scan, faces)
         seen = torch.nonzero(faces.seen)[:, 0]
         points, pictures = faces.landmarks[seen], faces.start + seen
-        brows: list[Tensor] = []
+        lifts: list[Tensor] = []
 
         def refine(motion: HeadMotion) -> HeadMotion:
-            motion = refine_motion(motion, views, pictures, size)
+            motion, cheeks = refine_motion(motion, views, pictures, size)
             rest = torch.stack([motion.project(motion.face[list(brow)], (size[0] / 2, size[1] / 2)).float() for brow in BROWS], 1)
-            brows.append(_without_jolts(refine_brows(brow_lift(points, rest), motion, views, pictures, size), faces.seen, config.fps))
+            brows = refine_brows(brow_lift(points, rest), motion, views, pictures, size)
+            lifts.append(_without_jolts(torch.cat([brows, cheeks], 1), faces.seen, config.fps))
             return settle_head_space(motion, points, template, size)
 
         motion = solve_head_pose(faces.landmarks, template, size, faces.seen, cuts, config.fps, refine)
-    return faces, cuts, motion, brows[0]
+    return faces, cuts, motion, lifts[0]
 
 
-def _without_jolts(brows: Float[Tensor, "s 2"], seen: Bool[Tensor, " t"], fps: float) -> Float[Tensor, "t 2"]:
-    """Brows of all frames from those of the frames that were seen, without what blinks do to them."""
-    calm = median_filter(brows.numpy(), (2 * round(fps / 12) + 1, 1), mode="nearest")
+def _without_jolts(lifts: Float[Tensor, "s 3"], seen: Bool[Tensor, " t"], fps: float) -> Float[Tensor, "t 3"]:
+    """Brows and cheeks of all frames from those of the frames that were seen, without what blinks do to them."""
+    calm = median_filter(lifts.numpy(), (2 * round(fps / 12) + 1, 1), mode="nearest")
     return _interpolate(np.arange(len(seen)), torch.nonzero(seen)[:, 0].numpy(), calm)
 
 
@@ -290,7 +291,7 @@ def _interpolate(wanted: np.ndarray, known: np.ndarray, values: np.ndarray) -> T
     return torch.from_numpy(np.stack(columns, -1).reshape(len(wanted), *values.shape[1:])).float()
 
 
-def _face_track(faces: Faces, brows: Tensor, motion: HeadMotion, crop: np.ndarray, size: tuple[int, int], crop_px: int) -> FaceTrack:
+def _face_track(faces: Faces, lifts: Tensor, motion: HeadMotion, crop: np.ndarray, size: tuple[int, int], crop_px: int) -> FaceTrack:
     """Everything known of the face, in crop px and head space."""
     cam2world = motion.cam2world()
     middle = torch.tensor([size[0] / 2, size[1] / 2], dtype=torch.float64)
@@ -309,7 +310,7 @@ def _face_track(faces: Faces, brows: Tensor, motion: HeadMotion, crop: np.ndarra
         landmarks=(faces.landmarks.double() @ maps[:, :, :2].mT + maps[:, None, :, 2]).float(),
         anchors=anchors.flatten(1).float(),
         blink=blink,
-        upper_face=torch.cat([brows, steady_gaze(gaze, blink)], 1),
+        upper_face=torch.cat([lifts[:, :2], steady_gaze(gaze, blink), lifts[:, 2:]], 1),
         eyes_shut=eyes_shut,
         gaze=gaze,
         expression=faces.expression,
@@ -337,23 +338,23 @@ def _as_the_prior_sees(
 
 def _follow_head(
     motion: HeadMotion,
-    brows: Float[Tensor, "t 2"],
+    lifts: Float[Tensor, "t 3"],
     head: Surface | None,
     views_in: Callable[..., FaceViews],
     seen: Bool[Tensor, " t"],
     cuts: tuple[int, ...],
     fps: float,
     size: tuple[int, int],
-) -> tuple[HeadMotion, Float[Tensor, "t 2"]]:
-    """The motion refined by the whole head, hair and ears as well, and how far brows are drawn up on it; as they are if its shape is not known."""
+) -> tuple[HeadMotion, Float[Tensor, "t 3"]]:
+    """The motion refined by the whole head, hair and ears as well, and how far brows and cheeks are drawn up; as they are if its shape is unknown."""
     if head is None:
-        return motion, brows
+        return motion, lifts
     index = torch.nonzero(seen)[:, 0]
     with tempfile.TemporaryFile() as file:
         views = views_in(file)
-        motion = refine_motion(motion.at(seen), views, index, size, head)
-        brows = _without_jolts(refine_brows(brows[seen], motion, views, index, size), seen, fps)
-    return steadied(motion, seen, cuts, fps), brows
+        motion, cheeks = refine_motion(motion.at(seen), views, index, size, head)
+        brows = refine_brows(lifts[seen, :2], motion, views, index, size)
+    return steadied(motion, seen, cuts, fps), _without_jolts(torch.cat([brows, cheeks], 1), seen, fps)
 
 
 def _seen_views(face_track: FaceTrack, frames: np.ndarray, masks: FaceMasks, count: int) -> tuple[Tensor, Tensor, Camera]:

@@ -56,7 +56,7 @@ def avatar_sizes(renderer: RendererConfig, audio_channels: int = ConditioningCon
     """Sizes of the talking part that go with a person's planes and a clip's speech features: a U-Net as wide as the planes, and twice that inside."""
     channels = renderer.plane_channels
     head = 8 * max(1, channels // 6)
-    conditioning = ConditioningConfig(audio_channels=audio_channels, limits=True)
+    conditioning = ConditioningConfig(audio_channels=audio_channels, limits=True, cheeks=True)
     near = conditioning.mouth_shapes + 5  # and blink, brows, gaze
     deltaplane = DeltaplaneConfig(
         plane_channels=channels,

@@ -62,12 +62,12 @@ class Bench:
         self.model = self.avatar.bake()
 
     def driving(self, frames: Int[Tensor, " b"], sound: Sound | None = None, *, still: bool = False) -> Driving:
-        """What drives the avatar: the clip's sound features, blink, brows, gaze, head pose and place; no point of lips or jaw, picture or matte.
+        """What drives the avatar: the clip's sound features, blink, brows, gaze, cheeks, head pose, place; no point of lips or jaw, picture or matte.
 
         Args:
             frames: of the clip.
             sound: other features in place of the clip's.
-            still: blink, brows, gaze, pose and place are the means of the training part, so that nothing but the sound is told.
+            still: blink, brows, gaze, cheeks, pose and place are the means of the training part, so that nothing but the sound is told.
         """
         was = self.clip.driving(frames)
         if still:

@@ -333,8 +333,8 @@ class Heard:
     audio: AudioFeatures
     shapes: MouthShapes
     """Of the clip's training part."""
-    head_pose: Float[Tensor, "t 3"]
-    """In it."""
+    postures: Float[Tensor, "t 4"]
+    """In it, see `conditioning.posture`."""
     quiet: Int[Tensor, " q"]
     """Silent frames that may be learnt from."""
 
@@ -367,24 +367,24 @@ def hearing_losses(conditioner: Conditioner, heard: Heard, frames: Int[Tensor, "
         generator: of noise and mixtures, and of which silent frames.
     """
     assert conditioner.mouth_head is not None, "this conditioner has no mouth shapes"
-    weight, values, turns = conditioner.mouth_head.weight, heard.shapes.values, heard.head_pose
+    weight, values, postures = conditioner.mouth_head.weight, heard.shapes.values, heard.postures
     frames = frames.clamp(max=len(values) - 2)
     pairs = torch.cat([frames, frames + 1])
-    windows, wanted, turned = heard.audio.around(pairs), values[pairs], turns[pairs]
+    windows, wanted, held = heard.audio.around(pairs), values[pairs], postures[pairs]
     if noise:
         share = torch.rand(len(frames), 1, generator=generator).repeat(2, 1)
         other = torch.randperm(len(frames), generator=generator)
         other = torch.cat([other, other + len(frames)])
         windows = torch.lerp(windows[other], windows, share[..., None, None])
-        wanted, turned = (torch.lerp(x[other], x, share) for x in (wanted, turned))
+        wanted, held = (torch.lerp(x[other], x, share) for x in (wanted, held))
     if len(heard.quiet):
         silent = heard.quiet[torch.randint(len(heard.quiet), (max(1, len(frames) // 8),), generator=generator)]
         windows = torch.cat([windows, heard.audio.values[silent, None].expand(-1, windows.shape[1], -1, -1)])
-        turned = torch.cat([turned, turns[silent]])
+        held = torch.cat([held, postures[silent]])
     sounds = windows.to(weight)
     hiss = torch.Generator(weight.device).manual_seed(int(torch.randint(2**62, (), generator=generator)))
     sounds = sounds + noise * torch.randn(sounds.shape, generator=hiss, device=weight.device)
-    found = conditioner.mouth(conditioner.audio_token(sounds), turned.to(weight))
+    found = conditioner.mouth(conditioner.audio_token(sounds), held.to(weight))
     importance = heard.shapes.importance.to(weight)
 
     def error(mouth: Float[Tensor, "n k"], wanted: Float[Tensor, "*n k"]) -> Float[Tensor, ""]:

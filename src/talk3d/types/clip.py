@@ -28,8 +28,8 @@ class Driving:
     """Yaw, pitch, roll in radians."""
     anchors: Float[Tensor, "b 6"]
     """Where the head sits in the source frame, see `FaceTrack.anchors`."""
-    upper_face: Float[Tensor, "b 4"]
-    """What brows and eyes do, see `FaceTrack.upper_face`."""
+    upper_face: Float[Tensor, "b 5"]
+    """What brows, eyes and cheeks do, see `FaceTrack.upper_face`."""
 
     def to(self, device: torch.device | str) -> "Driving":
         """Return it on another device, as float32."""

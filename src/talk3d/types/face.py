@@ -24,9 +24,9 @@ class FaceTrack:
     projected from the rigid pose, so speech cannot move them."""
     blink: Float[Tensor, "t 1"]
     """0 open … 1 shut, mean of both eyes."""
-    upper_face: Float[Tensor, "t 4"]
-    """How far the right and the left brow are drawn up from where they usually are, in distances between the outer eye corners; and where the
-    eyes look, as `gaze` says it, gone over where they are shut."""
+    upper_face: Float[Tensor, "t 5"]
+    """How far the right and the left brow are drawn up from where they usually are, in distances between the outer eye corners; where the eyes
+    look, as `gaze` says it, gone over where they are shut; and how far smiles draw the upper cheeks up, as brows."""
     confidence: Float[Tensor, "t 1"]
     """0 … 1; 0 where the face was not seen and the values are interpolated."""
     crop: Float64[np.ndarray, "t 2 3"]
