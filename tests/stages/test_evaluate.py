@@ -88,7 +88,7 @@ def test_pictures_off_by_a_tenth_score_twenty_decibels(make_avatar: Callable[...
     report.save(tmp_path / "report.json")
     facts = json.loads((tmp_path / "report.json").read_text())["facts"]
     assert facts["measured_frames"] == {"first": 3, "last": 7, "training_frames": 3} and facts["side_px"] == SIDE
-    assert facts["driven_by"]["blink"].startswith("tracked") and facts["driven_by"]["mouth"].startswith("the sound alone")
+    assert facts["driven_by"]["blink"].startswith("tracked") and facts["driven_by"]["mouth"].startswith("the sound, on head and upper cheeks held so")
     assert facts["truth"] is None and facts["networks"]["face"] == "none"
     assert (tmp_path / "report.png").is_file()
 
