@@ -305,7 +305,7 @@ def driven_by(clip: Clip) -> dict[str, str]:
         "head_pose": "tracked in the held-out frames (rigid points and skin, one solution for the whole clip, smoothed over time)",
         "anchors": "tracked in the held-out frames (projected from the rigid pose)",
         "cameras": "tracked in the held-out frames, with head_pose",
-        "mouth": "the sound, on head and upper cheeks held so: no point of lips or jaw, no picture and no matte of a held-out frame reaches the avatar",
+        "mouth": "the sound, on head and upper cheeks held so: no point of lips or jaw, picture or matte of a held-out frame reaches the avatar",
         "background": "a plate of the training frames",
         "novel_views": "the same tokens; cameras from the truth",
         "sound alone": "blink, upper_face, head_pose and anchors are the means of the training part; cameras tracked",
