@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from talk3d.errors import MediaError
 from talk3d.types import AudioFeatures, Camera, Clip, FaceMasks, FaceTrack, Waveform, WideViews
+from talk3d.types.face import with_cheeks
 
 FORMAT = 1
 """Raised when a reader of the older format could not read the newer one."""
@@ -149,12 +149,11 @@ def _facts(clip: Clip) -> dict[str, Any]:
 
 def _assemble(facts: dict[str, Any], tensors: dict[str, torch.Tensor], frames: np.ndarray, masks: FaceMasks) -> Clip:
     """The clip from its parts."""
-    if tensors["upper_face"].shape[1] == 4:
-        tensors["upper_face"] = F.pad(tensors["upper_face"], (0, 1))  # older clips know nothing of cheeks
     track = FaceTrack(
         cameras=Camera(cam2world=tensors["cam2world"], intrinsics=tensors["intrinsics"]),
         crop=tensors["crop"].numpy(),
-        **{name: tensors[name] for name in ("head_pose", "landmarks", "anchors", "blink", "upper_face", "confidence")},
+        upper_face=with_cheeks(tensors["upper_face"]),
+        **{name: tensors[name] for name in ("head_pose", "landmarks", "anchors", "blink", "confidence")},
         **{name: tensors[name] for name in MAYBE if name in tensors},
     )
     return Clip(

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -25,6 +24,7 @@ from talk3d.models.encoder import Encoder, EncoderConfig
 from talk3d.models.generator import GeneratorConfig, TriplaneGenerator
 from talk3d.models.renderer import RendererConfig
 from talk3d.types import Camera
+from talk3d.types.face import with_cheeks
 
 C = TypeVar("C")
 M = TypeVar("M", bound=nn.Module)
@@ -364,8 +364,8 @@ def load_avatar(path: str | Path = "sample") -> Avatar:
     tensors, header = load_tensors(place, "avatar")
     renderer, config = config_from_json(RendererConfig, header["renderer"], place), config_from_json(AvatarConfig, header["config"], place)
     moves = {k.removeprefix("performance."): tensors.pop(k) for k in list(tensors) if k.startswith("performance.")}
-    if moves.get("upper_face", torch.empty(0)).shape[1:] == (4,):
-        moves["upper_face"] = F.pad(moves["upper_face"], (0, 1))  # older avatars know nothing of cheeks
+    if "upper_face" in moves:
+        moves["upper_face"] = with_cheeks(moves["upper_face"])
     _check_talking(renderer, config, moves, tensors, place)
 
     def make() -> Avatar:

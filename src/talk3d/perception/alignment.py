@@ -123,11 +123,11 @@ class FaceViews:
 
     def read(self, indices: Int[Tensor, " b"]) -> tuple[Float[Tensor, "b 3 s s"], Float[Tensor, "b 3"]]:
         """Pictures of local contrast with their slopes to the right and down, and the left, top and side of the squares they show, px."""
-        contrasts = np.empty((len(indices), self._side, self._side), np.float16)
-        for contrast, index in zip(contrasts, indices.tolist(), strict=True):
+        pictures = np.empty((len(indices), self._side, self._side), np.float16)
+        for picture, index in zip(pictures, indices.tolist(), strict=True):
             self._file.seek(2 * index * self._side**2)
-            contrast[:] = np.frombuffer(self._file.read(contrast.nbytes), np.float16).reshape(contrast.shape)
-        contrast = torch.from_numpy(contrasts).float()
+            picture[:] = np.frombuffer(self._file.read(picture.nbytes), np.float16).reshape(picture.shape)
+        contrast = torch.from_numpy(pictures).float()
         down, right = torch.gradient(contrast, dim=(1, 2))
         return torch.stack([contrast, right, down], 1), torch.tensor([self._squares[index] for index in indices.tolist()])
 

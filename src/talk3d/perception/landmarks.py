@@ -334,7 +334,7 @@ class _PointNetwork:
             vivid: how far from grey the colours are made, times what they are; points for each, the score of the first.
         """
         squares = [replace(box, side_px=box.side_px * scale) for scale in LOOK_SCALES]
-        looks = self._pool.map(self._look, self._networks, [frame] * len(squares), squares, [vivid] * len(squares))
+        looks = self._pool.map(lambda network, square: self._look(network, frame, square, vivid), self._networks, squares)
         points, scores = (np.stack(found) for found in zip(*looks, strict=True))
         return points.mean((0, 2)).astype(np.float32), float(1 / (1 + np.exp(-np.clip(scores[:, 0].min(), -80, 80))))
 

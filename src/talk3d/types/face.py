@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import numpy as np
+import torch.nn.functional as F
 from jaxtyping import Float, Float64, UInt8
 from torch import Tensor
 
@@ -38,6 +39,11 @@ class FaceTrack:
     found to about 0.005, which small looks aside do not exceed (people rendered with looks of a tenth of the full way: no correlation)."""
     expression: Float[Tensor, "t e"] | None = None
     """ARKit's 52 blendshapes in MediaPipe's order, 0 … 1; e is 0 where the face model does not give them."""
+
+
+def with_cheeks(upper_face: Tensor) -> Tensor:
+    """Return it with cheeks at rest where a file of before they were followed has four numbers a frame; anything else as it is."""
+    return F.pad(upper_face, (0, 1)) if upper_face.shape[1:] == (4,) else upper_face
 
 
 @dataclass(frozen=True, kw_only=True)
