@@ -7,7 +7,7 @@ import torch
 
 from talk3d.errors import ShapeError
 from talk3d.ops.geometry import head_camera, project
-from talk3d.types import WIDER, AudioFeatures, Camera, Clip, FaceMasks, FaceTrack, Progress, Waveform, WideViews, silent
+from talk3d.types import WIDER, AudioFeatures, Camera, Clip, FaceMasks, FaceTrack, Progress, Waveform, WideViews, silent, spread_evenly
 
 T = 4
 
@@ -82,3 +82,14 @@ def test_silence_is_a_progress() -> None:
     listener: Progress = silent
     listener("train", 1, 2, {"image": 0.5})
     assert isinstance(silent, Progress)
+
+
+@pytest.mark.parametrize(("total", "most", "expected"), [(11, 3, [0, 5, 10]), (4, 9, [0, 1, 2, 3]), (7, 1, [0]), (1, 5, [0]), (0, 5, [])])
+def test_frames_are_spread_over_all_of_them(total, most, expected):
+    assert spread_evenly(total, most).tolist() == expected
+
+
+def test_no_frame_is_looked_at_twice():
+    for total in range(1, 400):
+        for most in (2, 3, 60, 97, 200):
+            assert (spread_evenly(total, most).diff() > 0).all()

@@ -17,7 +17,7 @@ from talk3d.metrics.offset import SoundOffset, sound_offset
 from talk3d.metrics.verdict import LATE_MS, Line, judge
 from talk3d.perception.identity import compare_shots
 from talk3d.perception.landmarks import LEFT_EYE_CORNERS, RIGHT_EYE_CORNERS, mouth_opening
-from talk3d.types import Waveform
+from talk3d.types import Waveform, spread_evenly
 
 Verdict = Literal["ok", "usable with warnings", "refuse"]
 
@@ -279,7 +279,7 @@ def _sound(waveform: Waveform) -> dict[str, Any]:
 
 def _series(face: FaceMeasures, waveform: Waveform, fps: float, offset: SoundOffset | None) -> dict[str, list[float]]:
     """Thinned values for plots."""
-    few = np.unique(np.linspace(0, len(face.frames) - 1, min(NUM_PLOTTED, len(face.frames))).round().astype(int))
+    few = spread_evenly(len(face.frames), NUM_PLOTTED).numpy()
     levels = _levels_db(waveform)
     times = (face.frames[few] + 0.5) / fps
     nearest = np.clip((times / 0.02).astype(int), 0, max(len(levels) - 1, 0))

@@ -27,6 +27,7 @@ from talk3d.perception.facetemplate import huber_weight
 from talk3d.perception.headpose import HeadMotion
 from talk3d.perception.landmarks import BROWS, LEFT_EYE_CORNERS, RIGHT_EYE_CORNERS
 from talk3d.perception.regions import FACE_OVAL
+from talk3d.types import spread_evenly
 
 SIDE_PX = 160
 """Side of the pictures of the face that are compared."""
@@ -274,7 +275,7 @@ class _Alignment:
 
     def run(self, deepen: bool) -> HeadMotion:
         """Find the poses; first how deep the surface is, if asked to."""
-        few = self._few()
+        few = spread_evenly(len(self.rotation), NUM_REFERENCE)
         if deepen:
             self._settle(few)
             self.surface = Surface.rigid(self.motion.face, RELIEF * self._turns_seen(few))
@@ -284,12 +285,8 @@ class _Alignment:
     def slide(self, start: Float[Tensor, "t l"]) -> Float[Tensor, "t l"]:
         """Find how far the surface is drawn up, from a start on."""
         self.first, self.drawn = start, start.clone()
-        self._refine_all(self._few())
+        self._refine_all(spread_evenly(len(self.rotation), NUM_REFERENCE))
         return self.drawn
-
-    def _few(self, count: int = NUM_REFERENCE) -> Tensor:
-        total = len(self.rotation)
-        return torch.linspace(0, total - 1, min(count, total)).round().long()
 
     def _refine_all(self, few: Tensor) -> None:
         self._settle(few)
@@ -355,7 +352,7 @@ class _Alignment:
         turn = vector_from_rotation(self.rotation @ self.rotation[len(self.rotation) // 2].mT)[:, :2]
         turn = ((turn - turn.mean(0)) / turn.std(0).clamp(min=LIVELY_RAD)).clamp(-MOST_TURNED, MOST_TURNED)
         self.turned[:, 1:] = torch.cat([turn, turn.square(), turn.prod(1, keepdim=True)], 1)
-        frames = self._few(NUM_SHADED)
+        frames = spread_evenly(len(self.rotation), NUM_SHADED)
         (shown, seen), known = self._shown(frames), self.turned[frames]
         doubt = torch.diag(torch.tensor([1e-3, *5 * (SHADE_DOUBT,)]))
         error = shown - known @ self.look

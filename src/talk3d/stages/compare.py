@@ -18,7 +18,7 @@ from talk3d.metrics.report import Films, Measure, Report, Row
 from talk3d.models.avatar import Avatar
 from talk3d.stages.evaluate import NUM_SHOWN, TRUTH, curves_of, driven_by, facts_of, held_out, open_bench, watcher
 from talk3d.stages.views import make_scene
-from talk3d.types import Clip, Progress, silent
+from talk3d.types import Clip, Progress, silent, spread_evenly
 
 RANKED = (
     *("psnr_mask", "ssim_mask", "lpips_alex", "fid", "lmd_lips", "mouth_correlation", "mouth_lag", "lse_d", "lse_c", "csim", "likeness"),
@@ -194,5 +194,5 @@ def _resized(pictures: UInt8[np.ndarray, "t h w 3"], side: int) -> UInt8[np.ndar
 
 def _moments(films: Mapping[str, np.ndarray], order: Sequence[str], frames: Int[Tensor, " t"]) -> list[Row]:
     """The same moments of all films, one above the other."""
-    chosen = np.unique(np.linspace(0, len(frames) - 1, NUM_SHOWN).round().astype(int))
+    chosen = spread_evenly(len(frames), NUM_SHOWN).tolist()
     return [[(f"{name} {int(frames[k])}", films[name][k]) for k in chosen] for name in order]

@@ -31,7 +31,7 @@ from talk3d.ops.geometry import head_camera
 from talk3d.perception.speech import load_speech_of
 from talk3d.stages.animate import to_uint8
 from talk3d.stages.views import Bench, NovelViews, attention_rows, make_scene, see_novel_views, see_orbit
-from talk3d.types import Clip, Progress, Waveform, silent
+from talk3d.types import Clip, Progress, Waveform, silent, spread_evenly
 
 logger = logging.getLogger(__name__)
 
@@ -127,7 +127,7 @@ def evaluate(
         "Unseen cameras, real and rendered": [] if views is None else views.rows,
         "A turn of the camera": orbit_rows,
         "Where the deltaplane looks: attention to each token, from least (dark) to most (bright)": attention_rows(
-            bench, _moments(bench, NUM_EXTREMES)
+            bench, bench.frames[spread_evenly(len(bench.frames), NUM_EXTREMES)]
         ),
     }
     facts = _facts(bench, networks, folder, "given" if truth is not None else "found beside the clip's video", views)
@@ -248,11 +248,6 @@ def _truth_measures(bench: Bench, truth: Truth | None, views: NovelViews | None)
     return [measure("camera_rotation", errors.rotation_deg), measure("camera_reprojection", errors.reprojection_px), *views.measures]
 
 
-def _moments(bench: Bench, count: int) -> Int[Tensor, " b"]:
-    """Some frames, spread evenly."""
-    return bench.frames[torch.linspace(0, len(bench.frames) - 1, min(count, len(bench.frames))).round().long()]
-
-
 def show_moments(
     pictures: UInt8[np.ndarray, "t h w 3"], scene: Scene, frames: Int[Tensor, " t"], curves: Mapping[str, Float[np.ndarray, " t"]]
 ) -> dict[str, list[Row]]:
@@ -260,7 +255,7 @@ def show_moments(
     score = np.nan_to_num(curves["psnr_mask"], nan=np.inf)
     order = np.argsort(score, kind="stable")
     order = order[np.isfinite(score[order])]
-    even = np.unique(np.linspace(0, len(pictures) - 1, NUM_SHOWN).round().astype(int))
+    even = spread_evenly(len(pictures), NUM_SHOWN).tolist()
 
     def rows(chosen: Sequence[int] | np.ndarray) -> list[Row]:
         real = [(f"real {int(frames[k])}", scene.pictures[k]) for k in chosen]

@@ -44,7 +44,7 @@ from talk3d.training.losses import (
     unusual,
     weighted_sum,
 )
-from talk3d.types import Clip, Driving, Progress, Rendering, Triplane
+from talk3d.types import Clip, Driving, Progress, Rendering, Triplane, spread_evenly
 
 logger = logging.getLogger(__name__)
 
@@ -203,7 +203,7 @@ class Lesson:
         if self.sides is not None:
             self.sides.take(avatar.personalized, avatar.personalized.triplane)
             self.modules["sides"] = self.sides
-        index = torch.linspace(0, num_frames - 1, min(num_frames, 200)).round().long()
+        index = spread_evenly(num_frames, 200)
         self.some = clip.driving(index).to(device)
         with torch.no_grad():  # the linear bases' weights of the face at rest
             self.rest = avatar.conditioner.coefficients(self.some, shapes.values[index].to(device)).mean(0, keepdim=True)
@@ -255,7 +255,7 @@ class Lesson:
             self._teach_reader()
 
     def _teach_reader(self) -> None:
-        index = torch.linspace(0, self.num_frames - 1, min(self.num_frames, 3000)).round().long()
+        index = spread_evenly(self.num_frames, 3000)
         crops = torch.cat([window_crops(premultiply(*self.clip.images(part)), self.windows[part]) for part in index.split(64)])
         shapes = self.heard.shapes
         reader = self.reader.cpu().requires_grad_(True)

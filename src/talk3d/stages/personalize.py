@@ -23,7 +23,7 @@ from talk3d.perception.landmarks import mouth_opening
 from talk3d.perception.nod import choose_views, find_throat
 from talk3d.stages.invert import InversionConfig, Views, finer_rays, invert
 from talk3d.training.losses import PictureTarget
-from talk3d.types import Clip, Progress, silent
+from talk3d.types import Clip, Progress, silent, spread_evenly
 
 NUM_LOOKED_AT = 64
 """Frames of the training part that tell what is behind the person."""
@@ -238,7 +238,7 @@ def where_steady(clip: Clip, plate: Float[Tensor, "3 h w"]) -> Float[Tensor, "1 
 
 def _uncovered(clip: Clip) -> Iterator[tuple[Float[Tensor, "b 3 h w"], Float[Tensor, "b 1 h w"]]]:
     """Yield pictures spread over the training part, a few at a time, and 1 where nothing of the person is near, 0 elsewhere."""
-    index = torch.linspace(0, clip.num_training_frames - 1, min(NUM_LOOKED_AT, clip.num_training_frames)).long()
+    index = spread_evenly(clip.num_training_frames, NUM_LOOKED_AT)
     for one in index.split(8):
         image, alpha = clip.images(one)
         yield image, (F.max_pool2d(alpha, 9, stride=1, padding=4) < 0.02).float()

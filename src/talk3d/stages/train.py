@@ -24,7 +24,7 @@ from talk3d.stages.lesson import Lesson, LessonConfig
 from talk3d.stages.personalize import background_plate, face_emphasis
 from talk3d.stages.viewpoints import trained_views
 from talk3d.training.loop import Best, Loop
-from talk3d.types import Clip, Progress, silent
+from talk3d.types import Clip, Progress, silent, spread_evenly
 
 MAX_VALIDATION = 50
 """Most frames of the training part that are not learnt from."""
@@ -126,7 +126,7 @@ def train(
 def picture_error(avatar: nn.Module, clip: Clip, frames: Int[Tensor, " v"], device: str, count: int = 8) -> Float[Tensor, ""]:
     """Mean absolute error of the picture over the face in up to `count` of these frames, as they are driven by their sound."""
     assert isinstance(avatar, Avatar)
-    chosen = frames[torch.linspace(0, len(frames) - 1, min(count, len(frames))).round().long()]
+    chosen = frames[spread_evenly(len(frames), count)]
     errors = []
     for index in chosen.split(4):
         driving = clip.driving(index).to(device)

@@ -27,7 +27,7 @@ from talk3d.perception.facetemplate import load_template
 from talk3d.perception.identity import Likeness, align_faces, five_points
 from talk3d.perception.landmarks import observe_picture
 from talk3d.stages.animate import composite, to_uint8
-from talk3d.types import Camera, Clip, Driving, Progress, Waveform
+from talk3d.types import Camera, Clip, Driving, Progress, Waveform, spread_evenly
 
 NUM_ALIGNED = 50
 """Training frames that the two head spaces are aligned on."""
@@ -149,7 +149,7 @@ def see_novel_views(bench: Bench, truth: Truth, every: int) -> NovelViews:
         every: how many frames lie between the moments.
     """
     clip, side = bench.clip, bench.avatar.resolution
-    fitted = np.unique(np.linspace(0, clip.num_training_frames - 1, NUM_ALIGNED).round().astype(int))
+    fitted = spread_evenly(clip.num_training_frames, NUM_ALIGNED).numpy()
     found = NovelViews(alignment=align_heads(truth, clip.track, fitted, clip.frames.shape[1]))
     chosen = bench.frames.numpy()[::every]
     chosen = chosen[chosen >= truth.novel_first_frame]
@@ -188,7 +188,7 @@ def _novel_frame(bench: Bench, frame: int, known: NovelFrame, alignment: HeadAli
 def see_orbit(bench: Bench, networks: Networks) -> tuple[list[Measure], list[Row]]:
     """Turn the camera round held-out moments, pose tokens unchanged, and ask whether it stays a face, the same one, turned as far as the camera."""
     names = ["orbit_likeness", *(f"orbit_likeness_{yaw:+d}" for yaw in ORBIT_YAWS_DEG[1:]), "orbit_csim", "orbit_found", "orbit_pose_error"]
-    moments = bench.frames[torch.linspace(0, len(bench.frames) - 1, min(NUM_ORBITS, len(bench.frames))).round().long()]
+    moments = bench.frames[spread_evenly(len(bench.frames), NUM_ORBITS)]
     rows: list[Row] = []
     cosines: dict[str, dict[int, list[float]]] = {"likeness": {}, "csim": {}}
     turns, found = [], []

@@ -18,7 +18,7 @@ from talk3d.models.renderer import TriplaneRenderer
 from talk3d.models.stylegan2 import resize_to
 from talk3d.ops.compositing import over, premultiply
 from talk3d.ops.geometry import head_camera, view_angles
-from talk3d.types import AudioFeatures, Camera, Rendering, Triplane, Waveform
+from talk3d.types import AudioFeatures, Camera, Rendering, Triplane, Waveform, spread_evenly
 
 LOSS_WEIGHTS = {"image": 1.0, "detail": 2.0, "alpha": 0.5, "raw": 0.5}
 """Weights of `picture_losses` where a person is fitted."""
@@ -247,7 +247,7 @@ def mouth_shapes(
         most: frames, spread over those, that the components are found in.
     """
     centred = _without_pose(looks, head_pose.float(), num_learnt)
-    few = centred[torch.linspace(0, num_learnt - 1, min(num_learnt, most)).round().long()]
+    few = centred[spread_evenly(num_learnt, most)]
     _, spread, basis = torch.linalg.svd(few, full_matrices=False)
     basis = basis[:num_components][spread[:num_components] > 1e-5 * spread[0]]
     along = centred @ basis.mT
@@ -270,7 +270,7 @@ def unusual(values: Float[Tensor, "t k"], num_components: int = 3, neighbours: i
         most: frames to look for neighbours in.
     """
     points = values[:, :num_components]
-    others = points[torch.linspace(0, len(points) - 1, min(len(points), most)).round().long()]
+    others = points[spread_evenly(len(points), most)]
     distance = torch.cdist(points, others).kthvalue(min(neighbours, len(others)), 1).values
     area = distance.square() + 1e-6
     return area / area.sum()

@@ -2,7 +2,7 @@
 
 from talk3d.types.audio import AudioFeatures, Waveform
 from talk3d.types.camera import Camera, Rays
-from talk3d.types.clip import WIDER, Clip, Driving, Progress, Rendering, WideViews, silent
+from talk3d.types.clip import WIDER, Clip, Driving, Progress, Rendering, WideViews, silent, spread_evenly
 from talk3d.types.face import FaceMasks, FaceTrack
 from talk3d.types.triplane import PlaneAxes, Triplane
 
@@ -22,4 +22,5 @@ __all__ = [
     "Waveform",
     "WideViews",
     "silent",
+    "spread_evenly",
 ]

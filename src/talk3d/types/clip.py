@@ -145,6 +145,11 @@ class Clip:
         save_clip(self, Path(path))
 
 
+def spread_evenly(total: int, most: int) -> Int[Tensor, " k"]:
+    """Return which of `total` frames to look at when at most `most` are: the first, the last and others between them, equally far apart."""
+    return torch.linspace(0, total - 1, min(total, most)).round().long()
+
+
 @runtime_checkable
 class Progress(Protocol):
     """A listener that long-running stages call after every step."""
