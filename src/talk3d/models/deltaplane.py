@@ -64,6 +64,8 @@ def face_window(axes: PlaneAxes, resolution: int) -> tuple[tuple[slice, slice], 
 
 MOUTH = ((-0.12, 0.12), (-0.2, -0.03), (0.06, 0.6))
 """Between which x, y, z lips move, in sides of the cube from its middle: down to below the chin, up to under the nose."""
+LIDS = 0.045
+"""Height below which mouths move anything, up to the lower lids, in the same unit."""
 CHIN = -0.18
 """Height below which a head's roll moves anything, in the same unit."""
 RAMP = 0.02
@@ -73,22 +75,27 @@ ROLL = 2
 
 
 def bases_reach(config: DeltaplaneConfig, mouth_shapes: int) -> tuple[Float[Tensor, "n 3 1 s s"], Float[Tensor, "m 3 1 s s"]]:
-    """Return shares of the cells in which near and other bases may learn; a plane that does not tell heights may learn anywhere.
+    """Return shares of the cells in which near and other bases may learn.
 
-    What lids, brows and gaze do leaves the mouth alone, and what a head's roll does begins below the chin: the camera turns the head itself.
+    What mouths do ends at the lower lids, what lids, brows and gaze do leaves the mouth alone, and what a head's roll does begins below the chin: the
+    camera turns the head itself. Near bases are without the plane that does not tell heights, where it is one of three: what it holds shows at
+    every height, up to the hair. Elsewhere such planes may learn anywhere.
     """
     side, axes = config.plane_resolution // 2, plane_axes(config.plane_axes)
     cells = torch.arange(side) + 0.5
     in_window = [(cells + round((centre + 0.25) * config.plane_resolution)) / config.plane_resolution - 0.5 for centre in WINDOW_CENTRE]
     mouth = [((x - low) / RAMP).clamp(0, 1) * ((high - x) / RAMP).clamp(0, 1) for x, (low, high) in zip(in_window, MOUTH, strict=True)]
-    below = ((CHIN - (cells / side - 0.5)) / RAMP).clamp(0, 1)
     every = torch.ones(side)
-    low = [every, below, every]  # by x, y, z
+    lower_face = [every, ((LIDS - in_window[1]) / RAMP).clamp(0, 1), every]  # by x, y, z
+    low = [every, ((CHIN - (cells / side - 0.5)) / RAMP).clamp(0, 1), every]
     near, others = (torch.ones(count, 3, 1, side, side) for count in (config.num_near, config.num_bases))
     for plane, (column, row) in enumerate(axes):
         if 1 in (column, row):
+            near[:mouth_shapes, plane] = lower_face[row][:, None] * lower_face[column]
             near[mouth_shapes:, plane] = 1 - mouth[row][:, None] * mouth[column]
             others[ROLL : ROLL + 1, plane] = low[row][:, None] * low[column]
+        elif config.plane_axes == "fixed":
+            near[:, plane] = 0
     return near, others
 
 
