@@ -48,8 +48,8 @@ from talk3d.types import Clip, Driving, Progress, Rendering, Triplane, spread_ev
 
 logger = logging.getLogger(__name__)
 
-NEGLIGIBLE = 1e-6
-"""Size of gradients below which weights hardly move: most of planes and bases are below 1e-5, and cells that no frame shows would become noise."""
+NEGLIGIBLE, NEGLIGIBLE_NEAR = 1e-6, 1e-5
+"""Size of gradients below which weights hardly move, and that for bases in the window over the face: cells that no frame shows would become noise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,14 +191,14 @@ class Lesson:
         others = [part for part in [*avatar.conditioner.parameters(), *avatar.predictor.parameters()] if part.requires_grad and part is not near]
         identity_rate = config.identity_rate * float(avatar.predictor.scale)
         groups = [
-            (config.learning_rate, others),
-            (config.renderer_rate, list(avatar.personalized.renderer.parameters())),
-            (identity_rate, [avatar.personalized.identity]),
-            *([] if near is None else [(config.mouth_rate, [near])]),
+            {"lr": config.learning_rate, "params": others},
+            {"lr": config.renderer_rate, "params": list(avatar.personalized.renderer.parameters())},
+            {"lr": identity_rate, "params": [avatar.personalized.identity]},
+            *([] if near is None else [{"lr": config.mouth_rate, "params": [near], "eps": NEGLIGIBLE_NEAR}]),
         ]
-        self.rates = [rate for rate, _ in groups]
-        self.optimizer = torch.optim.Adam([{"params": params} for _, params in groups], betas=(0.9, 0.99), eps=NEGLIGIBLE, fused=True)
-        self.parameters = [part for _, parts in groups for part in parts if part.requires_grad]
+        self.optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99), eps=NEGLIGIBLE, fused=True)
+        self.rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.parameters = [part for group in self.optimizer.param_groups for part in group["params"] if part.requires_grad]
         self.sides = SideViews(track.cameras[:num_frames]).to(device) if config.weights.sides else None
         if self.sides is not None:
             self.sides.take(avatar.personalized, avatar.personalized.triplane)
