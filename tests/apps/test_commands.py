@@ -8,6 +8,7 @@ import torch
 from talk3d.apps import commands, terminal
 from talk3d.apps.cli import main
 from talk3d.errors import ConfigError
+from talk3d.io.weights import save_tensors
 
 
 def test_auto_takes_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -43,6 +44,17 @@ def test_outputs_replace_only_their_own_kind(tmp_path: Path) -> None:
         commands.check_output(tmp_path / "clip")
     with pytest.raises(ConfigError, match="something else"):
         commands.check_output(tmp_path / "person.t3d", folder_with="clip.json")
+
+
+def test_a_saved_model_replaces_only_one_of_its_kind(tmp_path: Path) -> None:
+    model, note = tmp_path / "model.t3d", tmp_path / "note.txt"
+    save_tensors(model, {"numbers": torch.zeros(2)}, {"kind": "avatar"})
+    note.write_text("mine")
+    commands.check_output(model, kind="avatar")
+    commands.check_output(tmp_path / "new.t3d", kind="person")
+    for path, kind in ((model, "person"), (note, "avatar")):
+        with pytest.raises(ConfigError, match="something else"):
+            commands.check_output(path, kind=kind)
 
 
 def test_an_input_is_never_replaced(tmp_path: Path) -> None:

@@ -114,7 +114,7 @@ def _how_to_go_on(name: str) -> str:
     if name in ("build", "personalize", "train", "pretrain"):
         return "run the same command again to go on from the last checkpoint"
     if name == "animate":
-        return "run the same command with --resume to go on"
+        return "run the same command with --resume to go on after the frames that are written, if any"
     return "run the same command again to start over"
 
 

@@ -103,13 +103,14 @@ def check_prior(prior: str) -> None:
         check_input(Path(prior), "a prior, made by `talk3d pretrain`")
 
 
-def check_output(path: Path, *inputs: Path, folder_with: str | None = None) -> None:
+def check_output(path: Path, *inputs: Path, folder_with: str | None = None, kind: str | None = None) -> None:
     """Refuse, before any long work, a path where nothing can be written or something else would be lost.
 
     Args:
         path: where the result will go.
         inputs: what it is made from, which must outlive it.
         folder_with: if the result is a folder, a file by which an earlier result, which may be replaced, is known.
+        kind: if the result is a saved model, which: no other file may be replaced.
 
     Raises:
         ConfigError: its folder is missing or cannot be written, or an input or something of another kind is there.
@@ -121,7 +122,9 @@ def check_output(path: Path, *inputs: Path, folder_with: str | None = None) -> N
             pass
     except OSError as error:
         raise ConfigError(f"cannot write {path} ({error.strerror}): give a path in a folder that exists and can be written") from error
-    replaceable = path.is_file() if folder_with is None else (path / folder_with).is_file()
+    from talk3d.io.weights import saved_kind
+
+    replaceable = path.is_file() and (kind is None or saved_kind(path) == kind) if folder_with is None else (path / folder_with).is_file()
     if path.exists() and not replaceable:
         raise ConfigError(f"{path} is there already and is something else: give another -o, so that nothing of yours is overwritten")
 
@@ -167,7 +170,7 @@ def _personalize() -> Callable[..., None]:
         """
         check_input(clip, "a clip, made by `talk3d track`")
         check_prior(prior)
-        check_output(out, clip, Path(prior))
+        check_output(out, clip, Path(prior), kind="person")
         checkpoint = checkpoint_beside(out, clip, config, prior_file(prior), seed)
         used_device = resolve_device(device)
         with Display() as display:
@@ -209,7 +212,7 @@ def _train() -> Callable[..., None]:
         """
         check_input(person, "a person, made by `talk3d personalize`")
         check_input(clip, "a clip, made by `talk3d track`")
-        check_output(out, person, clip)
+        check_output(out, person, clip, kind="avatar")
         checkpoint = checkpoint_beside(out, person, clip, config, seed)
         with Display() as display:
             avatar = train(
@@ -252,7 +255,7 @@ def _build() -> Callable[..., None]:
         """
         check_input(video, "a video")
         check_prior(config.prior)
-        check_output(out, video)
+        check_output(out, video, kind="avatar")
         with Display() as display:
             ran = build(video, out, config, device=resolve_device(device), seed=seed, fresh=fresh, yes=yes, progress=display)
         kept = ", ".join(stage for stage in ("track", "personalize", "train") if stage not in ran)

@@ -93,7 +93,7 @@ def pretrain_prior(
         seed: of all randomness.
     """
     check_input(dataset, "a data set folder or zip with dataset.json")
-    check_output(out, dataset)
+    check_output(out, dataset, kind="prior")
     checkpoint = checkpoint_beside(out, dataset, config, start, seed, os.environ.get("WORLD_SIZE", "1"))
     used_device = resolve_device(device)
     with together(used_device) as first, Display() as display, recorded(display, tensorboard if first else None) as progress:

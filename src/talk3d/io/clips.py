@@ -47,6 +47,7 @@ def save_clip(clip: Clip, path: Path) -> None:
         if clip.masks.parts is not None:
             _write_array(partial / "parts.npy", clip.masks.parts)
         save_file(_tensors(clip), partial / "track.safetensors")
+        (partial / "track.safetensors").chmod(0o644)
         (partial / "clip.json").write_text(json.dumps(_facts(clip), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         _swap(partial, path)
     except OSError as error:

@@ -84,6 +84,16 @@ def load_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, An
     return tensors, header
 
 
+def saved_kind(path: Path) -> str | None:
+    """Return the kind of file that `save_tensors` wrote there, such as "avatar"; None for any other file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get("talk3d", "null"))
+    except (SafetensorError, OSError, ValueError, RecursionError):
+        return None
+    return header.get("kind") if isinstance(header, dict) else None
+
+
 class _Allowance(TorchFunctionMode):
     """Refuses to make more numbers than it was given; small tensors count as a thousand, so that there cannot be many either."""
 

@@ -53,7 +53,7 @@ def page(report: Report) -> str:
         "<h2>Over the frames</h2>",
         *(_curve(heading, lines, report) for heading, lines in report.series.items()),
         "" if report.films is None else f"<h2>Side by side</h2>\n{_film(report.films)}",
-        *(f"<h2>{html.escape(heading)}</h2>\n{_picture(rows)}" for heading, rows in report.pictures.items()),
+        *(f"<h2>{html.escape(heading)}</h2>\n{_picture(heading, rows)}" for heading, rows in report.pictures.items()),
         _definitions(report),
         f"<h2>Facts</h2>\n<details><summary>versions, clip, avatar</summary><pre>{html.escape(_facts_text(report))}</pre></details>",
         f'<script type="application/json" id="report">{_embedded(report.to_json())}</script>',
@@ -121,10 +121,10 @@ def _curve(heading: str, lines: Mapping[str, np.ndarray], report: Report) -> str
     return plot(heading, seconds, [(name, values.tolist()) for name, values in lines.items()], "s", width=WIDE)
 
 
-def _picture(rows: Sequence[Row]) -> str:
+def _picture(heading: str, rows: Sequence[Row]) -> str:
     buffer = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(contact_sheet(rows))).save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0)
-    return f'<img src="data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}" alt="">'
+    return f'<img src="data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}" alt="{html.escape(heading)}">'
 
 
 def _film(films: Films) -> str:

@@ -74,6 +74,8 @@ class AnimateConfig(CameraConfig, ActingConfig):
         ActingConfig.__post_init__(self)
         if self.paste_into is not None and (self.camera != "tracked" or self.background != "plate" or self.performer is not None):
             raise ConfigError("a head in a film has the film's camera, motion and background: leave --camera, --performer and --background out")
+        if self.level_db is not None and not self.level_db <= 0:
+            raise ConfigError(f"level_db is {self.level_db:g}, above full scale, which is 0: give about -35 for ordinary speech")
         if self.batch_size is not None and self.batch_size < 1:
             raise ConfigError(f"animate renders at least 1 frame at once, got {self.batch_size}: give a positive number")
 

@@ -39,7 +39,7 @@ NUM_SHOWN = 6
 """Moments on the report's sheet."""
 NUM_EXTREMES = 3
 """Worst and best frames that are shown."""
-NEEDS_TRUTH = "the truth of an invented person: truth=FOLDER with truth.npz and its films"
+NEEDS_TRUTH = "the truth of an invented person: --truth FOLDER with truth.npz and its films"
 AVATAR, TRUTH = "avatar", "truth"
 """The columns of the avatar, and of the real film held against itself."""
 OPENING = "Mouth opening (distances of the outer eye corners)"
@@ -126,7 +126,7 @@ def evaluate(
     pictures = show_moments(films[AVATAR], scene, bench.frames, seen[AVATAR].curves) | {
         "Unseen cameras, real and rendered": [] if views is None else views.rows,
         "A turn of the camera": orbit_rows,
-        "Where the deltaplane looks: attention to each token, from least (dark) to most (bright)": attention_rows(
+        "Where the attention U-Net looks, from least (dark) to most (bright); motion that is not its own is the linear bases'": attention_rows(
             bench, bench.frames[spread_evenly(len(bench.frames), NUM_EXTREMES)]
         ),
     }
@@ -302,8 +302,6 @@ def driven_by(clip: Clip) -> dict[str, str]:
         "cameras": "tracked in the held-out frames, with head_pose",
         "mouth": "the sound, on head and upper cheeks held so: no point of lips or jaw, picture or matte of a held-out frame reaches the avatar",
         "background": "a plate of the training frames",
-        "novel_views": "the same tokens; cameras from the truth",
-        "sound alone": "blink, upper_face, head_pose and anchors are the means of the training part; cameras tracked",
     }
 
 
@@ -314,7 +312,11 @@ def _facts(bench: Bench, networks: Networks, truth: Path | None, truth_is: str, 
         **facts_of(clip, bench.frames, networks, bench.device),
         "avatar": dict(bench.avatar.provenance),
         "side_px": bench.avatar.resolution,
-        "driven_by": driven_by(clip),
+        "driven_by": driven_by(clip)
+        | {
+            "novel_views": "the same tokens; cameras from the truth",
+            "sound alone": "blink, upper_face, head_pose and anchors are the means of the training part; cameras tracked",
+        },
         "truth": {"folder": str(truth), "was": truth_is} if truth else None,
         "head_space": None
         if alignment is None

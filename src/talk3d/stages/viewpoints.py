@@ -97,7 +97,7 @@ def read_camera_path(path: Path) -> PchipInterpolator:
         raise ConfigError(f"{path} is no camera path ({error}): give a JSON list of keys with time_s, yaw_deg, pitch_deg, roll_deg, zoom") from error
     if not isinstance(keys, list) or not keys or not all(isinstance(key, dict) for key in keys):
         raise ConfigError(
-            f"{path} is no camera path: give a JSON list of keys such as [{{'time_s': 0, 'yaw_deg': 0}}, {{'time_s': 2, 'yaw_deg': 20}}]"
+            f'{path} is no camera path: give a JSON list of keys such as [{{"time_s": 0, "yaw_deg": 0}}, {{"time_s": 2, "yaw_deg": 20}}]'
         )
     rows = [_key(key, f"key {number} of {path}") for number, key in enumerate(keys, 1)]
     table = np.array(rows if len(rows) > 1 else [*rows, [rows[0][0] + 1, *rows[0][1:]]])

@@ -263,18 +263,18 @@ def attention_rows(bench: Bench, frames: Int[Tensor, " b"]) -> list[Row]:
     """Where the deltaplane looks at these moments: for each token how much the cells of the front plane attend to it, mean over blocks and heads.
 
     The plane is drawn as it lies in the head seen from straight ahead, beside that render, each token from its least to its most attention; every row
-    is one moment, and says how much of the planes' motion is the network's. Empty for an avatar without a deltaplane network.
+    is one moment, and says how much of the planes' motion is the network's own. Empty for an avatar without a deltaplane network.
     """
     if not isinstance(getattr(bench.avatar, "predictor", None), DeltaplanePredictor):
         return []
     driving = bench.driving(frames)
     maps = bench.avatar.score_maps(driving).mean((0, 2)).cpu()  # b m k
-    share = f"{100 * network_share(bench.avatar, driving):.1f} % of the motion is this network's"
+    share = f"{100 * network_share(bench.avatar, driving):.1f} % its own"
     pictures, _ = bench.render(driving, head_camera(torch.zeros(len(frames), 3)))
     large = front_view(maps, pictures.shape[-1], bench.avatar.personalized.renderer.renderer_config.box_warp)
     rows: list[Row] = []
     for number, frame in enumerate(frames.tolist()):
-        row = [(f"frame {frame}, straight ahead; {share}", to_uint8(pictures[number : number + 1])[0])]
+        row = [(f"frame {frame}: {share}", to_uint8(pictures[number : number + 1])[0])]
         for k, name in enumerate(TOKENS):
             low, high = (float(edge) for edge in large[number, k].aminmax())
             row.append((f"{name}: {100 * low:.1f} to {100 * high:.1f} %", _heat((large[number, k].numpy() - low) / max(high - low, 1e-6))))
