@@ -130,6 +130,7 @@ def test_a_clip_is_replaced_even_by_itself_and_nothing_else_is(tmp_path: Path):
     save_clip(make_clip(), tmp_path / "one")
     loaded = load_clip(tmp_path / "one")
     save_clip(replace(loaded, num_training_frames=2), tmp_path / "one")
+    assert len({file.stat().st_mode for file in (tmp_path / "one").iterdir()}) == 1, "whoever may read one file of a clip may read all"
     assert load_clip(tmp_path / "one").num_training_frames == 2
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("keep")

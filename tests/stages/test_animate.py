@@ -248,7 +248,10 @@ def test_unfit_sound_is_refused_at_once(make_avatar, tmp_path: Path) -> None:
         animate(make_avatar(audio_source="hubert"), sound(0.2))
 
 
-@pytest.mark.parametrize("settings", [{"orbit_period_s": 0.0}, {"batch_size": 0}, {"camera": "fixed", "yaw_deg": float("nan")}])
+@pytest.mark.parametrize(
+    "settings",
+    [{"orbit_period_s": 0.0}, {"batch_size": 0}, {"level_db": 50.0}, {"level_db": float("nan")}, {"camera": "fixed", "yaw_deg": float("nan")}],
+)
 def test_unfit_settings_are_refused(settings: dict[str, float]) -> None:
     with pytest.raises(ConfigError):
         AnimateConfig(**settings)  # pyright: ignore[reportArgumentType]

@@ -80,6 +80,7 @@ def test_the_real_film_beats_an_avatar_that_shows_colours(clip: Clip, make_avata
     assert report.value("psnr_mask", "truth") == 100 and report.measures[0].num_frames == 3
     assert report.films is not None and list(report.films.pictures) == ["real", "film", "colours"]
     assert report.facts["driven_by"]["films of others"].startswith("unknown")
+    assert not {"novel_views", "sound alone"} & report.facts["driven_by"].keys(), "neither is looked at here"
 
 
 def test_what_cannot_be_compared_is_refused(clip: Clip, make_avatar: Callable[..., Any]) -> None:
