@@ -122,11 +122,15 @@ def check_output(path: Path, *inputs: Path, folder_with: str | None = None, kind
             pass
     except OSError as error:
         raise ConfigError(f"cannot write {path} ({error.strerror}): give a path in a folder that exists and can be written") from error
-    from talk3d.io.weights import saved_kind
-
-    replaceable = path.is_file() and (kind is None or saved_kind(path) == kind) if folder_with is None else (path / folder_with).is_file()
+    replaceable = path.is_file() and (kind is None or _holds(path, kind)) if folder_with is None else (path / folder_with).is_file()
     if path.exists() and not replaceable:
         raise ConfigError(f"{path} is there already and is something else: give another -o, so that nothing of yours is overwritten")
+
+
+def _holds(path: Path, kind: str) -> bool:
+    from talk3d.io.weights import saved_kind
+
+    return saved_kind(path) == kind
 
 
 def _track() -> Callable[..., None]:

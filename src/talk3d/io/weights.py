@@ -70,13 +70,12 @@ def load_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, An
         if not path.is_file():
             raise WeightsError(f"{path} is not a file: give the path of a saved {kind}")
         with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get("talk3d", "null"))
+            header = _header(file)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise WeightsError(f"{path} is no saved {kind}, or a damaged one ({error}): give the path of one, or save or fetch it again") from error
-    if not isinstance(header, dict) or header.get("kind") != kind:
-        found = header.get("kind") if isinstance(header, dict) else None
-        raise WeightsError(f"{path} holds {found or 'something else'}, expected a talk3d {kind}: give the path of a saved {kind}")
+    if header.get("kind") != kind:
+        raise WeightsError(f"{path} holds {header.get('kind') or 'something else'}, expected a talk3d {kind}: give the path of a saved {kind}")
     fields = HEADER_FIELDS.get(kind, {})
     missing = sorted(fields.keys() - header.keys()) or sorted(name for name in fields if not isinstance(header[name], fields[name]))
     if missing:
@@ -88,10 +87,15 @@ def saved_kind(path: Path) -> str | None:
     """Return the kind of file that `save_tensors` wrote there, such as "avatar"; None for any other file."""
     try:
         with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get("talk3d", "null"))
+            return _header(file).get("kind")
     except (SafetensorError, OSError, ValueError, RecursionError):
         return None
-    return header.get("kind") if isinstance(header, dict) else None
+
+
+def _header(file: Any) -> dict[str, Any]:
+    """The header of an open file; empty if it has none."""
+    header = json.loads((file.metadata() or {}).get("talk3d", "null"))
+    return header if isinstance(header, dict) else {}
 
 
 class _Allowance(TorchFunctionMode):
