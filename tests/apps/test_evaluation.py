@@ -17,7 +17,7 @@ def a_report() -> Report:
             "avatar": [measure("psnr", np.array([20.0, 30.0])), measure("csim", [], needs="arcface: talk3d weights fetch arcface")],
             "truth": [measure("psnr", 100.0)],
         },
-        facts={"driven_by": {"audio": "the clip's own sound"}, "ranking": {"avatar": 1.0}, "seconds": 61.0},
+        facts={"driven_by": {"audio": "the clip's own sound"}, "ranking": {"avatar": 1.0}, "ranked_by": ["psnr", "jitter"], "seconds": 61.0},
     )
 
 
@@ -34,6 +34,7 @@ def test_the_table_names_columns_gaps_and_sources() -> None:
         "csim: not measured (needs arcface: talk3d weights fetch arcface)",
         "driven by  audio",
         "1. avatar",
+        "ranked by  psnr, jitter",
         "1 min 1 s",
     ):
         assert part in text

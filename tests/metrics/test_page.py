@@ -56,8 +56,9 @@ def test_the_numbers_are_inside_for_programs() -> None:
 
 
 def test_a_comparison_names_the_best_first() -> None:
-    ranked = {**a_report().facts, "ranking": {"new": 1.2, "old": 1.8}}
-    assert "1. new, 2. old" in page(a_report(facts=ranked, films=None, pictures={}, series={}))
+    ranked = {**a_report().facts, "ranking": {"new": 1.2, "old": 1.8}, "ranked_by": ["psnr_mask", "jitter"]}
+    found = page(a_report(facts=ranked, films=None, pictures={}, series={}))
+    assert "1. new, 2. old" in found and "by the mean rank in psnr_mask, jitter." in found
 
 
 def test_a_plot_breaks_where_nothing_is_known() -> None:

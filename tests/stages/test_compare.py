@@ -11,7 +11,7 @@ from talk3d.errors import ConfigError, WeightsError
 from talk3d.io.writing import VideoWriter
 from talk3d.metrics import film
 from talk3d.metrics.report import measure
-from talk3d.stages.compare import CompareConfig, compare, cut, rank, read_crops
+from talk3d.stages.compare import FROZEN, CompareConfig, compare, cut, rank, ranked_by, read_crops
 from talk3d.types import Clip
 
 SIDE = 64
@@ -45,6 +45,8 @@ def test_ranks_are_averaged_over_what_all_have() -> None:
     assert list(found) == ["a", "b", "c"]
     for name, value in expected.items():
         assert found[name] == pytest.approx(value)
+    assert ranked_by(columns, truth) == ["psnr_mask", "lmd_lips", "jitter"]
+    assert ranked_by(columns, truth[1:]) == ["psnr_mask", "lmd_lips"], "nothing says how much the real film trembles"
 
 
 def test_films_are_cut_as_the_clip_was(tmp_path: Path) -> None:
@@ -74,13 +76,40 @@ def test_a_film_of_all_frames_or_of_the_held_out_ones(clip: Clip, tmp_path: Path
 def test_the_real_film_beats_an_avatar_that_shows_colours(clip: Clip, make_avatar: Callable[..., Any], tmp_path: Path) -> None:
     path = write(tmp_path / "real.mp4", clip.frames)
     report = compare({"colours": make_avatar(side=32), "film": path}, clip, CompareConfig(max_frames=3))
-    assert list(report.columns) == ["film", "colours", "truth"] and list(report.facts["ranking"]) == ["film", "colours"]
+    late = "truth 200 ms late"
+    assert list(report.columns) == ["film", "colours", "truth", late, FROZEN] and list(report.facts["ranking"]) == ["film", "colours"]
+    assert report.facts["ranked_by"] == ["psnr_mask", "ssim_mask", "flicker"], "no face model, no published network"
     ours, theirs = report.value("psnr_mask", "film"), report.value("psnr_mask", "colours")
     assert ours is not None and theirs is not None and ours > 25 > theirs
     assert report.value("psnr_mask", "truth") == 100 and report.measures[0].num_frames == 3
     assert report.films is not None and list(report.films.pictures) == ["real", "film", "colours"]
     assert report.facts["driven_by"]["films of others"].startswith("unknown")
     assert not {"novel_views", "sound alone"} & report.facts["driven_by"].keys(), "neither is looked at here"
+
+
+def test_controls_are_the_real_film_but_for_one_thing(clip: Clip, make_avatar: Callable[..., Any]) -> None:
+    clip = dataclasses.replace(clip, num_training_frames=9)  # 7 held out
+    report = compare({"colours": make_avatar(side=32)}, clip, CompareConfig())
+    film = clip.frames.astype(float)
+    late = [_psnr(film[k - 5], film[k]) for k in range(9, 16)]
+    still = [_psnr(film[9], film[k]) for k in range(9, 16)]
+    for column, expected in (("truth 200 ms late", late), (FROZEN, still)):
+        assert report.value("psnr", column) == pytest.approx(np.mean(expected), abs=0.01)
+    without = compare({"colours": make_avatar(side=32)}, clip, CompareConfig(controls=False))
+    assert list(without.columns) == ["colours", "truth"]
+
+
+def _psnr(ours: np.ndarray, real: np.ndarray) -> float:
+    error = ((ours - real) ** 2).mean() / 255**2
+    return 100.0 if error == 0 else -10 * np.log10(error)
+
+
+def test_films_are_looked_at_before_anything_is_rendered(clip: Clip, make_avatar: Callable[..., Any], tmp_path: Path) -> None:
+    short = write(tmp_path / "short.mp4", clip.frames[:10])
+    stages: list[str] = []
+    with pytest.raises(ConfigError, match="10 frames, the clip 16"):
+        compare({"avatar": make_avatar(side=32), "film": short}, clip, progress=lambda stage, *_: stages.append(stage))
+    assert stages == []
 
 
 def test_what_cannot_be_compared_is_refused(clip: Clip, make_avatar: Callable[..., Any]) -> None:

@@ -125,6 +125,8 @@ def print_report(title: str, report: Report, console: Console | None = None) -> 
         console.print(f"driven by  {token}: {source}", highlight=False, markup=False)
     for place, (name, mean) in enumerate(report.facts.get("ranking", {}).items(), 1):
         console.print(f"{place}. {name} (mean rank {mean:.2f})", highlight=False, markup=False)
+    if report.facts.get("ranked_by"):
+        console.print(f"ranked by  {', '.join(report.facts['ranked_by'])}", highlight=False, markup=False)
     console.print(
         f"↑ higher is better, ↓ lower, ≈ the nearer to the truth's column; took {duration(report.facts.get('seconds', 0))}", highlight=False
     )

@@ -34,7 +34,10 @@ NOTE = (
     "↑ higher is better, ↓ lower is better, ≈ better the nearer to the truth's column. The first column is what is measured; the others show what "
     "the measures can tell: the real film against itself, the same avatar with wrong sound, with sound that never changes, with nothing but sound."
 )
-COMPARED = "↑ higher is better, ↓ lower is better, ≈ better the nearer to the truth's column. The best comes first; ranks are under Facts."
+COMPARED = (
+    "↑ higher is better, ↓ lower is better, ≈ better the nearer to the truth's column. The best comes first; ranks are under Facts. The last columns "
+    "show what the measures can tell: the real film against itself, coming late, and standing still."
+)
 JPEG_QUALITY = 88
 FILM_CRF = 23
 
@@ -71,7 +74,7 @@ def _summary(facts: Mapping[str, Any]) -> str:
     return (
         f"<p>Clip {html.escape(str(clip.get('source')))}: {count} frames that no training saw ({frames['first']} to {frames['last']}), "
         f"{clip.get('fps', 0):g} a second. Measured on {html.escape(str(facts.get('device')))} in {facts.get('seconds', 0):g} s.</p>"
-        + (f"<p><strong>{ranking}</strong></p>" if ranking else "")
+        + (f"<p><strong>{ranking}</strong>, by the mean rank in {html.escape(', '.join(facts.get('ranked_by', [])))}.</p>" if ranking else "")
     )
 
 

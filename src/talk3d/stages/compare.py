@@ -17,7 +17,7 @@ from talk3d.metrics.film import load_networks, measure_film
 from talk3d.metrics.report import Films, Measure, Report, Row
 from talk3d.models.avatar import Avatar
 from talk3d.stages.evaluate import NUM_SHOWN, TRUTH, curves_of, driven_by, facts_of, held_out, open_bench, watcher
-from talk3d.stages.views import make_scene
+from talk3d.stages.views import make_scene, real_pictures
 from talk3d.types import Clip, Progress, silent, spread_evenly
 
 RANKED = (
@@ -25,6 +25,9 @@ RANKED = (
     *("pose_error", "blink_correlation", "jitter", "flicker", "silence_motion"),
 )
 """Measures whose ranks are averaged; one of each kind, and only those that every competitor has."""
+LATE_FRAMES = 5
+"""How late the late control is: 200 ms at 25 frames a second."""
+FROZEN = "truth, one frame"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +38,8 @@ class CompareConfig:
     """Held-out frames to compare, from the first one; all by default."""
     cropped: bool = False
     """Whether the films of other systems show the clip's crops already, and not the whole pictures of its video."""
+    controls: bool = True
+    """Whether to measure two controls beside the competitors: the real film coming late, and its first moment throughout."""
     face_margin: float = 0.1
     """Border of the face box beyond the landmarks, in shares of its larger side."""
     batch_size: int = 4
@@ -55,7 +60,7 @@ def compare(
     device: str = "cpu",
     progress: Progress = silent,
 ) -> Report:
-    """Measure every competitor on the same held-out frames by the same code, and rank them by the mean of their ranks.
+    """Measure every competitor on the same held-out frames by the same code, and rank them by the mean of their ranks; films are read first.
 
     Args:
         competitors: by name: avatars, or paths of films of the clip's frames (all of them, or the held-out ones).
@@ -79,30 +84,41 @@ def compare(
         if isinstance(competitor, Path):
             films[name] = read_crops(competitor, clip, frames, cropped=config.cropped)
             progress(f"read {name}", len(frames), len(frames), {})
-        else:
+    for name, competitor in competitors.items():
+        if not isinstance(competitor, Path):
             bench = open_bench(competitor, clip, config.max_frames, config.batch_size, device=device, progress=progress)
             films[name] = _resized(bench.film(name), side)
     scene = make_scene(clip, frames, side, watcher(networks, progress, TRUTH), config.face_margin)
-    films[TRUTH] = scene.pictures
-    seen = {name: measure_film(pictures, scene, networks, progress) for name, pictures in films.items()}
-    ranks = rank({name: seen[name].measures for name in competitors}, seen[TRUTH].measures)
-    order = [*ranks, TRUTH]
+    controls = _control_films(clip, scene.pictures, frames) if config.controls else {}
+    seen = {name: measure_film(pictures, scene, networks, progress) for name, pictures in (films | {TRUTH: scene.pictures} | controls).items()}
+    columns = {name: one.measures for name, one in seen.items()}
+    competing, real = {name: columns[name] for name in competitors}, columns[TRUTH]
+    ranks = rank(competing, real)
     return Report(
-        columns={name: seen[name].measures for name in order},
+        columns={name: columns[name] for name in (*ranks, TRUTH, *controls)},
         facts={
             **facts_of(clip, frames, networks, device),
             "ranking": ranks,
+            "ranked_by": ranked_by(competing, real),
             "driven_by": driven_by(clip) | {"films of others": "unknown: ask their makers what drove them"},
             "seconds": round(time.perf_counter() - begun, 1),
         },
-        pictures={"Held-out moments": _moments(films, [TRUTH, *ranks], frames)},
-        series=curves_of(seen, None, frames),
+        pictures={"Held-out moments": _moments({TRUTH: scene.pictures, **{name: films[name] for name in ranks}}, frames)},
+        series=curves_of({name: seen[name] for name in (*competitors, TRUTH)}, None, frames),
         films=Films(pictures={"real": scene.pictures, **{name: films[name] for name in ranks}}, fps=clip.fps, waveform=scene.waveform),
     )
 
 
+def ranked_by(columns: Mapping[str, Sequence[Measure]], truth: Sequence[Measure]) -> list[str]:
+    """Return those of `RANKED` that all competitors have and, where they should be near to the real film's, the real film has."""
+    has = [{entry.name for entry in column if entry.value is not None} for column in columns.values()]
+    real = {entry.name for entry in truth if entry.value is not None}
+    better = {entry.name: entry.better for column in columns.values() for entry in column}
+    return [name for name in RANKED if all(name in known for known in has) and (better[name] != "as real" or name in real)]
+
+
 def rank(columns: Mapping[str, Sequence[Measure]], truth: Sequence[Measure]) -> dict[str, float]:
-    """Return the mean rank (1 is best) of every competitor over those of `RANKED` that all have, the best one first.
+    """Return the mean rank (1 is best) of every competitor over the measures of `ranked_by`, the best one first.
 
     Equal values share the mean of their ranks.
 
@@ -110,22 +126,32 @@ def rank(columns: Mapping[str, Sequence[Measure]], truth: Sequence[Measure]) -> 
         columns: the competitors' measures.
         truth: those of the real film, which some should be near to.
     """
-    values = {label: {entry.name: entry.value for entry in column} for label, column in columns.items()}
+    values = {label: {entry.name: entry for entry in column} for label, column in columns.items()}
     real = {entry.name: entry.value for entry in truth}
-    better = {entry.name: entry.better for column in columns.values() for entry in column}
-    total = {label: [] for label in columns}
-    for name in RANKED:
-        found = {label: value for label, known in values.items() if (value := known.get(name)) is not None}
-        reference = real.get(name)
-        if len(found) < len(columns) or (better[name] == "as real" and reference is None):
-            continue
-        sign = -1.0 if better[name] == "higher" else 1.0
-        cost = {label: abs(value - (reference or 0.0)) if better[name] == "as real" else sign * value for label, value in found.items()}
+    total: dict[str, list[float]] = {label: [] for label in columns}
+    for name in ranked_by(columns, truth):
+        cost = {label: _cost(known[name], real.get(name)) for label, known in values.items()}
         for label in cost:
             below, equal = (sum(test(other, cost[label]) for other in cost.values()) for test in (float.__lt__, float.__eq__))
             total[label].append(below + (equal + 1) / 2)
     means = {label: float(np.mean(ranks)) if ranks else float("nan") for label, ranks in total.items()}
     return dict(sorted(means.items(), key=lambda entry: entry[1]))
+
+
+def _cost(entry: Measure, real: float | None) -> float:
+    """What a measure says, turned so that less is better."""
+    assert entry.value is not None
+    if entry.better == "as real":
+        assert real is not None
+        return abs(entry.value - real)
+    return -entry.value if entry.better == "higher" else entry.value
+
+
+def _control_films(clip: Clip, real: UInt8[np.ndarray, "t s s 3"], frames: Int[Tensor, " t"]) -> dict[str, UInt8[np.ndarray, "t s s 3"]]:
+    """Films that are perfect but for one thing: they come late, or stand still."""
+    before = (frames[:LATE_FRAMES] - LATE_FRAMES).clamp_min(0)
+    late = np.concatenate([real_pictures(clip, before, real.shape[1])[0], real[:-LATE_FRAMES]])[: len(frames)]
+    return {f"truth {1000 * LATE_FRAMES / clip.fps:.0f} ms late": late, FROZEN: np.repeat(real[:1], len(real), 0)}
 
 
 def read_crops(path: Path, clip: Clip, frames: Int[Tensor, " t"], *, cropped: bool = False) -> UInt8[np.ndarray, "t s s 3"]:
@@ -192,7 +218,7 @@ def _resized(pictures: UInt8[np.ndarray, "t h w 3"], side: int) -> UInt8[np.ndar
     return np.stack([np.asarray(Image.fromarray(picture).resize((side, side), Image.Resampling.BICUBIC)) for picture in pictures])
 
 
-def _moments(films: Mapping[str, np.ndarray], order: Sequence[str], frames: Int[Tensor, " t"]) -> list[Row]:
+def _moments(films: Mapping[str, np.ndarray], frames: Int[Tensor, " t"]) -> list[Row]:
     """The same moments of all films, one above the other."""
     chosen = spread_evenly(len(frames), NUM_SHOWN).tolist()
-    return [[(f"{name} {int(frames[k])}", films[name][k]) for k in chosen] for name in order]
+    return [[(f"{name} {int(frames[k])}", film[k]) for k in chosen] for name, film in films.items()]
