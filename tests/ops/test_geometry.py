@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from talk3d.ops import geometry as g
+from talk3d.types import Camera
 
 
 def random_rotations(count: int, seed: int = 0, reach: float = 2.5) -> torch.Tensor:
@@ -66,6 +67,16 @@ def test_orbit_starts_in_front_stays_inside_its_limits_and_closes():
     assert torch.allclose(camera.cam2world[0], camera.cam2world[120], atol=1e-5)
     assert math.degrees(angles[:, 0].abs().max()) == pytest.approx(25, abs=0.01)
     assert math.degrees(angles[:, 1].abs().max()) <= 8.01
+
+
+def test_framed_heads_stay_in_the_middle_and_enlarged_faces_do():
+    camera = g.head_camera(torch.tensor([[0.5, -0.2, 0.1], [0.0, 0.0, 0.0]]))
+    framed = g.framed(camera)
+    assert torch.equal(framed.cam2world, camera.cam2world)
+    torch.testing.assert_close(framed.intrinsics[1], camera.intrinsics[1])  # in front nothing changes
+    torch.testing.assert_close(g.project(torch.zeros(2, 1, 3), framed), torch.full((2, 1, 2), 0.5))
+    enlarged = Camera(cam2world=camera.cam2world, intrinsics=g.intrinsics_matrix(4 * g.CAMERA_FOCAL).expand(2, 3, 3))
+    torch.testing.assert_close(g.project(torch.tensor([0.0, 0.0, 0.15]).expand(2, 1, 3), g.framed(enlarged)), torch.full((2, 1, 2), 0.5))
 
 
 def test_projection_of_a_point_by_hand():

@@ -14,7 +14,7 @@ from PIL import Image
 from talk3d.errors import ConfigError, MediaError
 from talk3d.io.media import read_audio, scan_video
 from talk3d.io.writing import VideoWriter
-from talk3d.ops.geometry import head_camera, view_angles
+from talk3d.ops.geometry import head_camera, project, view_angles
 from talk3d.perception.listening import count_frames
 from talk3d.perception.speech import speech_features
 from talk3d.stages import animate as animating
@@ -221,6 +221,24 @@ def test_expression_goes_from_rest_beyond_what_was_learnt(tiny_avatar) -> None:
 def test_compiling_is_for_gpus(make_avatar) -> None:
     with pytest.raises(ConfigError, match="GPU alone"):
         animate(make_avatar(), sound(0.1), config=AnimateConfig(compile=True))
+
+
+@pytest.mark.parametrize("settings", [{"yaw_deg": 30.0, "pitch_deg": 10.0}, {"yaw_deg": 60.0}, {"yaw_deg": 60.0, "view_limit": False}], ids=str)
+def test_a_still_head_is_in_the_middle_wherever_the_camera_stands(make_avatar, settings: Mapping[str, float]) -> None:
+    avatar = make_avatar()
+    list(animate(avatar, sound(0.1), config=AnimateConfig(camera="fixed", head_motion=0.0, **settings)))  # pyright: ignore[reportArgumentType]
+    _, camera = avatar.seen[0]
+    torch.testing.assert_close(project(torch.zeros(len(camera), 1, 3), camera), torch.full((len(camera), 1, 2), 0.5), atol=1e-5, rtol=0)
+
+
+def test_a_moving_head_moves_in_the_picture_and_listed_cameras_stay_as_they_are(make_avatar) -> None:
+    moving, listed = make_avatar(), make_avatar()
+    list(animate(moving, sound(2.0), config=AnimateConfig(camera="fixed", yaw_deg=20.0, head_motion=1.0)))
+    intrinsics = torch.cat([camera.intrinsics for _, camera in moving.seen])
+    assert moving.filmed.std(0).max() > 1e-4 and torch.equal(intrinsics, intrinsics[:1].expand_as(intrinsics))
+    given = head_camera(torch.tensor([[0.5, 0.0, 0.0]]))
+    list(animate(listed, sound(0.1), cameras=given))
+    torch.testing.assert_close(listed.seen[0][1].intrinsics[:1], given.intrinsics)
 
 
 def test_views_beyond_the_range_fade_unless_they_are_wanted(make_avatar) -> None:

@@ -243,7 +243,7 @@ def published_focal(field_of_view_deg: float) -> float:
 
 
 def orbit(num_frames: int, *, yaw_deg: float = 25.0, pitch_deg: float = 8.0, period_frames: float = 120.0) -> Camera:
-    """A smooth, closed swing round the head that starts from the front.
+    """A smooth, closed swing round the head, which stays in the middle of the picture; it starts from the front.
 
     Args:
         num_frames: how many cameras.
@@ -254,7 +254,21 @@ def orbit(num_frames: int, *, yaw_deg: float = 25.0, pitch_deg: float = 8.0, per
     phase = 2 * math.pi * torch.arange(num_frames) / period_frames
     yaw = math.radians(yaw_deg) * phase.sin()
     pitch = math.radians(pitch_deg) * 0.5 * (2 * phase).sin()
-    return head_camera(torch.stack([yaw, pitch, torch.zeros_like(yaw)], -1))
+    return framed(head_camera(torch.stack([yaw, pitch, torch.zeros_like(yaw)], -1)))
+
+
+def framed(camera: Camera) -> Camera:
+    """Move the crops of cameras so that the middle of the head, at the scene's origin, is in their middle.
+
+    The point that EG3D's cameras look at lies in the face, so that a head seen from the side would lean out of the picture. The larger
+    the head is shown, the nearer to that point is what is in the middle.
+    """
+    zoom = camera.intrinsics[..., 0, 0] / CAMERA_FOCAL
+    aim = (1 - 1 / zoom).clamp_min(0)[..., None] * zoom.new_tensor(HEAD_PIVOT)
+    offset = project(aim[..., None, :].to(camera.cam2world), camera)[..., 0, :] - 0.5
+    intrinsics = camera.intrinsics.clone()
+    intrinsics[..., :2, 2] -= offset.to(intrinsics)
+    return Camera(cam2world=camera.cam2world, intrinsics=intrinsics)
 
 
 def project(points: Float[Tensor, "*b p 3"], camera: Camera) -> Float[Tensor, "*b p 2"]:

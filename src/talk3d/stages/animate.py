@@ -218,11 +218,15 @@ class Scene:
         frames, audio = heard
         acts = self.actor.at(frames)
         camera = self.views.at(frames)
+        intrinsics = self.views.framed(self._limited(camera)).intrinsics  # of the still head: where it moves, it moves in the picture
         if bool(acts.turn.any()):
             camera = held(camera, acts.head_pose, acts.turn)
-        camera = (self.limit(camera) if self.limit else camera).to(self.device)
+        camera = Camera(cam2world=self._limited(camera).cam2world, intrinsics=intrinsics).to(self.device)
         driving = Driving(audio=audio, blink=acts.blink, head_pose=acts.head_pose, anchors=acts.anchors, upper_face=acts.upper_face)
         return self.model.render(driving.to(self.device), camera)
+
+    def _limited(self, camera: Camera) -> Camera:
+        return self.limit(camera) if self.limit else camera
 
 
 def composite(rendering: Rendering, background: Float[Tensor, "#b 3 H W"]) -> Float[Tensor, "b 3 H W"]:

@@ -18,7 +18,7 @@ from scipy.interpolate import PchipInterpolator
 from torch import Tensor
 
 from talk3d.errors import ConfigError
-from talk3d.ops.geometry import HEAD_PIVOT, SPINE_TOP, head_camera, orbit, view_angles, view_rotation
+from talk3d.ops.geometry import HEAD_PIVOT, SPINE_TOP, framed, head_camera, orbit, view_angles, view_rotation
 from talk3d.types import Camera
 
 logger = logging.getLogger(__name__)
@@ -157,6 +157,10 @@ class Viewpoints:
         config = self.config
         angles = torch.tensor([config.yaw_deg, config.pitch_deg, config.roll_deg]).deg2rad()
         return zoomed(head_camera(angles.expand(len(frames), 3)), config.zoom)
+
+    def framed(self, camera: Camera) -> Camera:
+        """Return cameras as they are where a film or the caller listed them, else with the head in the middle of the picture."""
+        return camera if self.listed is not None else framed(camera)
 
 
 def ping_pong(frames: Int[Tensor, " b"], length: int) -> Int[Tensor, " b"]:
