@@ -21,7 +21,9 @@ def test_auto_takes_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_inputs_must_be_there(tmp_path: Path) -> None:
-    commands.check_input(tmp_path, "a folder")
+    commands.check_input(tmp_path, "a clip", folder=True)
+    with pytest.raises(ConfigError, match="is a folder: give the path of a video"):
+        commands.check_input(tmp_path, "a video")
     with pytest.raises(ConfigError, match="give the path of a video"):
         commands.check_input(tmp_path / "absent", "a video")
 

@@ -83,14 +83,14 @@ def resolve_device(device: str) -> str:
     return device
 
 
-def check_input(path: Path, what: str) -> None:
-    """Refuse an input path that does not exist.
+def check_input(path: Path, what: str, *, folder: bool = False) -> None:
+    """Refuse an input path that does not exist, or that is a folder where a file is wanted.
 
     Raises:
-        ConfigError: there is nothing at the path.
+        ConfigError: there is nothing at the path, or a folder.
     """
-    if not path.exists():
-        raise ConfigError(f"{path} does not exist: give the path of {what}")
+    if not path.exists() or (path.is_dir() and not folder):
+        raise ConfigError(f"{path} {'is a folder' if path.is_dir() else 'does not exist'}: give the path of {what}")
 
 
 def check_prior(prior: str) -> None:
@@ -172,7 +172,7 @@ def _personalize() -> Callable[..., None]:
             device: where to compute.
             seed: of all randomness.
         """
-        check_input(clip, "a clip, made by `talk3d track`")
+        check_input(clip, "a clip, made by `talk3d track`", folder=True)
         check_prior(prior)
         check_output(out, clip, Path(prior), kind="person")
         checkpoint = checkpoint_beside(out, clip, config, prior_file(prior), seed)
@@ -215,7 +215,7 @@ def _train() -> Callable[..., None]:
             seed: of all randomness.
         """
         check_input(person, "a person, made by `talk3d personalize`")
-        check_input(clip, "a clip, made by `talk3d track`")
+        check_input(clip, "a clip, made by `talk3d track`", folder=True)
         check_output(out, person, clip, kind="avatar")
         checkpoint = checkpoint_beside(out, person, clip, config, seed)
         with Display() as display:

@@ -47,7 +47,7 @@ def evaluate_command(
     """
     if str(avatar) != "sample":
         check_input(avatar, "an avatar, made by `talk3d build`")
-    check_input(clip, "a clip, made by `talk3d track`")
+    check_input(clip, "a clip, made by `talk3d track`", folder=True)
     check_report(out, Path(avatar), clip)
     with Display() as display:
         report = evaluate(
@@ -79,7 +79,7 @@ def compare_command(
     for path in competitors:
         if str(path) != "sample":
             check_input(path, "an avatar or a film")
-    check_input(clip, "a clip, made by `talk3d track`")
+    check_input(clip, "a clip, made by `talk3d track`", folder=True)
     check_report(out, clip, *competitors)
     with Display() as display:
         report = compare(_named(competitors), load_clip(clip), config, face_model=face_model, device=resolve_device(device), progress=display)

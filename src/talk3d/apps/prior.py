@@ -92,7 +92,7 @@ def pretrain_prior(
         device: where to compute.
         seed: of all randomness.
     """
-    check_input(dataset, "a data set folder or zip with dataset.json")
+    check_input(dataset, "a data set folder or zip with dataset.json", folder=True)
     check_output(out, dataset, kind="prior")
     checkpoint = checkpoint_beside(out, dataset, config, start, seed, os.environ.get("WORLD_SIZE", "1"))
     used_device = resolve_device(device)
