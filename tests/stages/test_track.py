@@ -216,7 +216,8 @@ def test_the_same_video_twice_gives_the_same_clip_also_through_disk(film: Callab
         assert torch.equal(first.track.landmarks, other.track.landmarks)
         assert dict(first.check) == dict(other.check)
     assert heard[29] == ("faces", 30, 30)
-    assert heard[-1] == ("crops", 30, 30)
+    assert list(dict.fromkeys(stage for stage, *_ in heard)) == ["faces", "head pose", "crops", "hair and ears"]
+    assert heard[-3] == ("crops", 30, 30) and heard[-1] == ("hair and ears", 1, 1)
 
 
 def test_missed_frames_are_bridged_and_noted(film: Callable[..., Path]):
@@ -258,7 +259,7 @@ def test_the_report_is_heard_before_the_crops_and_can_stop_the_work(film: Callab
 
     with pytest.raises(RuntimeError, match="enough"):
         tracking.track(film(lambda frames: frames[:30]), progress=lambda stage, *rest: heard.append(stage), review=review)
-    assert heard == ["faces"] * 30 + ["refuse"]
+    assert heard == ["faces"] * 30 + ["head pose"] * 2 + ["refuse"]
 
 
 def test_cuts_of_the_film_are_those_of_the_clip(film: Callable[..., Path]):

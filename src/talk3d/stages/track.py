@@ -125,7 +125,7 @@ def track(
         video: any file with pictures and sound.
         config: see its fields.
         face_model: a face_landmarker.task; by default the one in the cache folder, else the models of the package registry.
-        progress: hears of every frame.
+        progress: hears of every frame, and of head pose, hair and ears as a whole.
         review: hears what the capture check found, before the longer half of the work; what it raises stops the work.
 
     Raises:
@@ -135,9 +135,7 @@ def track(
     """
     scan = scan_video(video, config.fps)
     if scan.num_frames < config.min_length_s * config.fps:
-        raise MediaError(
-            f"{video} is {scan.num_frames / config.fps:.2f} s long, at least {config.min_length_s:g} s are needed: record a longer video"
-        )
+        raise MediaError(f"{video} is {scan.num_frames / config.fps:.2f} s long: record a longer video, of {config.min_length_s:g} s at least")
     waveform = read_audio(video, SAMPLE_RATE_HZ)
     parser = BiSeNetParser() if config.parsing == "bisenet" else None
     encoder, model = load_speech(config.speech), load_face_model(face_model)
@@ -153,8 +151,10 @@ def track(
     locate = partial(_face_track, faces, crop=crop, size=size, crop_px=config.size_px)
     num_training = num_frames - min(round(config.held_out_s * config.fps), num_frames // 5)
     frames, masks, wide = write_crops(scan, faces.start, crop, locate(lifts, motion), num_training, config.size_px, parser, progress)
+    progress("hair and ears", 0, 1, {})
     motion, head, constants = _as_the_prior_sees(motion, partial(locate, lifts), frames, masks)  # about the face, so that crops stay
     motion, lifts = _follow_head(motion, lifts, head, partial(crop_views, frames=frames, crop=crop), faces.seen, cuts, config.fps, size)
+    progress("hair and ears", 1, 1, {})
     return Clip(
         frames=frames,
         fps=config.fps,
@@ -194,7 +194,9 @@ def _find_motion(
             lifts.append(_without_jolts(torch.cat([brows, cheeks], 1), faces.seen, config.fps))
             return settle_head_space(motion, points, template, size)
 
+        progress("head pose", 0, 1, {})
         motion = solve_head_pose(faces.landmarks, template, size, faces.seen, cuts, config.fps, refine)
+        progress("head pose", 1, 1, {})
     return faces, cuts, motion, lifts[0]
 
 
