@@ -143,6 +143,18 @@ def test_zoom_leaves_the_centre() -> None:
     torch.testing.assert_close(camera.intrinsics[:, 1, 1], 2 * FILMED.intrinsics[:, 1, 1])
 
 
+def test_it_is_said_when_more_is_seen_than_was_learnt(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    keys = tmp_path / "keys.json"
+    keys.write_text('[{"time_s": 0}, {"time_s": 2, "zoom": 0.5}]')
+    for config in (CameraConfig(camera="fixed", zoom=0.5), CameraConfig(camera="path", camera_path=keys)):
+        caplog.clear()
+        Viewpoints(config, 25.0, FILMED)
+        assert "a zoom of 0.5 shows" in caplog.text
+    caplog.clear()
+    Viewpoints(CameraConfig(camera="orbit", zoom=0.7), 25.0, FILMED)
+    assert caplog.text == ""
+
+
 def test_views_beyond_what_is_known_fade_to_the_nearest_and_say_so_once(caplog: pytest.LogCaptureFixture) -> None:
     limit = ViewLimit(FILMED, {})
     yaw = torch.linspace(-80, 80, 161).deg2rad()

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from talk3d.errors import ConfigError
 from talk3d.ops.geometry import HEAD_PIVOT, SPINE_TOP, framed, head_camera, orbit, view_angles, view_rotation
-from talk3d.types import Camera
+from talk3d.types import WIDER, Camera
 
 logger = logging.getLogger(__name__)
 
@@ -143,6 +143,9 @@ class Viewpoints:
         if config.camera == "orbit":
             period = max(1, round(config.orbit_period_s * fps))
             self.swing = zoomed(orbit(period, yaw_deg=config.orbit_yaw_deg, pitch_deg=config.orbit_pitch_deg, period_frames=period), config.zoom)
+        least = config.zoom if self.path is None else float(self.path(self.path.x)[:, 3].min())
+        if self.listed is None and least < 1 / WIDER:
+            logger.warning("a zoom of %g shows what no training picture did: below %.2f shoulders and clothes end in tatters", least, 1 / WIDER)
 
     def at(self, frames: Int[Tensor, " b"]) -> Camera:
         """Return the cameras of these frames, on the CPU."""
