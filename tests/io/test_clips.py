@@ -121,7 +121,9 @@ def test_blinks_of_openface_are_cut_off_and_halved(tmp_path: Path):
     (tmp_path / "au.csv").write_text("frame, timestamp, AU45_r, AU45_c\n1, 0.0, 0.5, 0\n2, 0.04, 3.1, 1\n3, 0.08, -0.1, 0\n")
     assert read_openface_blink(tmp_path / "au.csv").tolist() == [[0.25], [1.0], [0.0]]
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
-    for name in ("other.csv", "missing.csv"):
+    (tmp_path / "nobody.csv").write_text("frame, AU45_r\n")
+    (tmp_path / "empty.csv").write_text("")
+    for name in ("other.csv", "missing.csv", "nobody.csv", "empty.csv"):
         with pytest.raises(MediaError, match="AU45_r"):
             read_openface_blink(tmp_path / name)
 

@@ -58,6 +58,8 @@ def test_the_numbers_are_inside_for_programs() -> None:
 def test_a_comparison_names_the_best_first() -> None:
     ranked = {**a_report().facts, "ranking": {"new": 1.2, "old": 1.8}, "ranked_by": ["psnr_mask", "jitter"]}
     found = page(a_report(facts=ranked, films=None, pictures={}, series={}))
+    tied = page(a_report(facts={**ranked, "ranking": {"a": 1.5, "b": 1.5, "c": 3.0}}, films=None, pictures={}, series={}))
+    assert "1. a, 1. b, 3. c" in tied
     assert "1. new, 2. old" in found and "by the mean rank in psnr_mask, jitter." in found
 
 

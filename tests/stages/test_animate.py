@@ -241,6 +241,17 @@ def test_a_moving_head_moves_in_the_picture_and_listed_cameras_stay_as_they_are(
     torch.testing.assert_close(listed.seen[0][1].intrinsics[:1], given.intrinsics)
 
 
+@pytest.mark.parametrize(("yaw_deg", "said"), [(-35.0, False), (35.0, False), (40.0, True)])
+def test_moving_heads_do_not_make_a_view_one_beyond_the_range(make_avatar, caplog: pytest.LogCaptureFixture, yaw_deg: float, said: bool) -> None:
+    list(animate(make_avatar(), sound(2.0), config=AnimateConfig(camera="fixed", yaw_deg=yaw_deg, head_motion=2.0)))
+    assert ("views beyond fade" in caplog.text) == said
+
+
+def test_a_film_to_paste_into_needs_its_clip(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="give --paste-into CLIP too"):
+        AnimateConfig(source=tmp_path / "film.mp4")
+
+
 def test_views_beyond_the_range_fade_unless_they_are_wanted(make_avatar) -> None:
     for limited, low, high in ((True, 35.0, 40.0), (False, 59.9, 60.1)):
         avatar = make_avatar()

@@ -11,7 +11,7 @@ from talk3d.apps.terminal import Display, duration, print_table
 from talk3d.errors import ConfigError
 from talk3d.io.clips import load_clip
 from talk3d.io.weights import load_avatar
-from talk3d.metrics.report import Report
+from talk3d.metrics.report import Report, place_of
 from talk3d.models.avatar import Avatar
 from talk3d.stages.compare import CompareConfig, compare
 from talk3d.stages.evaluate import EvaluateConfig, evaluate
@@ -123,7 +123,9 @@ def print_report(title: str, report: Report, console: Console | None = None) -> 
         console.print(f"{', '.join(names)}: not measured (needs {needs})", highlight=False, markup=False)
     for token, source in report.facts.get("driven_by", {}).items():
         console.print(f"driven by  {token}: {source}", highlight=False, markup=False)
-    for place, (name, mean) in enumerate(report.facts.get("ranking", {}).items(), 1):
+    ranking = report.facts.get("ranking", {})
+    for name, mean in ranking.items():
+        place = place_of(name, ranking)
         console.print(f"{place}. {name} (mean rank {mean:.2f})", highlight=False, markup=False)
     if report.facts.get("ranked_by"):
         console.print(f"ranked by  {', '.join(report.facts['ranked_by'])}", highlight=False, markup=False)

@@ -88,6 +88,8 @@ def read_openface_blink(path: Path) -> Float[Tensor, "t 1"]:
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             rows = list(csv.DictReader(file, skipinitialspace=True))
+        if not rows:
+            raise ValueError("it has no rows")
         return torch.tensor([[min(max(float(row["AU45_r"]), 0.0), 2.0) / 2] for row in rows]).reshape(-1, 1)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise MediaError(

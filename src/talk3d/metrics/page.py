@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from talk3d.io.writing import VideoWriter
-from talk3d.metrics.report import ARROWS, Films, Report, Row, contact_sheet, definition_of
+from talk3d.metrics.report import ARROWS, Films, Report, Row, contact_sheet, definition_of, place_of
 
 LINE_COLOURS = ("#1f5fa8", "#b06a00", "#2a7d46", "#8a3ab9", "#b3261e", "#5b6770")
 WIDTH, HEIGHT, MARGIN = 420, 110, 30
@@ -70,7 +70,8 @@ def _summary(facts: Mapping[str, Any]) -> str:
     if not frames:
         return ""
     count = frames["last"] - frames["first"] + 1
-    ranking = ", ".join(f"{place}. {html.escape(str(name))}" for place, name in enumerate(facts.get("ranking", {}), 1))
+    ranks = facts.get("ranking", {})
+    ranking = ", ".join(f"{place_of(name, ranks)}. {html.escape(str(name))}" for name in ranks)
     return (
         f"<p>Clip {html.escape(str(clip.get('source')))}: {count} frames that no training saw ({frames['first']} to {frames['last']}), "
         f"{clip.get('fps', 0):g} a second. Measured on {html.escape(str(facts.get('device')))} in {facts.get('seconds', 0):g} s.</p>"

@@ -287,6 +287,11 @@ class Report:
             raise MediaError(f"cannot write {path} ({error}): give a path in a folder that exists and can be written") from error
 
 
+def place_of(name: str, ranking: Mapping[str, float]) -> int:
+    """Return a competitor's place by its mean rank; equal ones share a place."""
+    return 1 + sum(mean < ranking[name] for mean in ranking.values())
+
+
 def _write(path: Path, text: str) -> None:
     with whole(path) as partial:
         partial.write_text(text, encoding="utf-8")

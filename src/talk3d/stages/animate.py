@@ -74,6 +74,8 @@ class AnimateConfig(CameraConfig, ActingConfig):
         ActingConfig.__post_init__(self)
         if self.paste_into is not None and (self.camera != "tracked" or self.background != "plate" or self.performer is not None):
             raise ConfigError("a head in a film has the film's camera, motion and background: leave --camera, --performer and --background out")
+        if self.source is not None and self.paste_into is None:
+            raise ConfigError("--source is the film of --paste-into, got no --paste-into: give --paste-into CLIP too, or leave --source out")
         if self.level_db is not None and not self.level_db <= 0:
             raise ConfigError(f"level_db is {self.level_db:g}, above full scale, which is 0: give about -35 for ordinary speech")
         if self.batch_size is not None and self.batch_size < 1:
@@ -221,12 +223,12 @@ class Scene:
         intrinsics = self.views.framed(self._limited(camera)).intrinsics  # of the still head: where it moves, it moves in the picture
         if bool(acts.turn.any()):
             camera = held(camera, acts.head_pose, acts.turn)
-        camera = Camera(cam2world=self._limited(camera).cam2world, intrinsics=intrinsics).to(self.device)
+        camera = Camera(cam2world=self._limited(camera, quiet=True).cam2world, intrinsics=intrinsics).to(self.device)
         driving = Driving(audio=audio, blink=acts.blink, head_pose=acts.head_pose, anchors=acts.anchors, upper_face=acts.upper_face)
         return self.model.render(driving.to(self.device), camera)
 
-    def _limited(self, camera: Camera) -> Camera:
-        return self.limit(camera) if self.limit else camera
+    def _limited(self, camera: Camera, *, quiet: bool = False) -> Camera:
+        return self.limit(camera, quiet=quiet) if self.limit else camera
 
 
 def composite(rendering: Rendering, background: Float[Tensor, "#b 3 H W"]) -> Float[Tensor, "b 3 H W"]:

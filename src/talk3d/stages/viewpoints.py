@@ -82,7 +82,8 @@ def check_view(values: Mapping[str, float], what: str) -> None:
     for name, value in values.items():
         low, high = ZOOMS if name == "zoom" else (-180.0, 180.0) if name == "roll_deg" else (-89.0, 89.0)
         if name != "time_s" and not low <= value <= high:
-            raise ConfigError(f"{what} has a {name} of {value:g}: give a number from {low:g} to {high:g}, the face is not seen from elsewhere")
+            beyond = "" if name == "zoom" else ", the face is not seen from elsewhere"
+            raise ConfigError(f"{what} has a {name} of {value:g}: give a number from {low:g} to {high:g}{beyond}")
 
 
 def read_camera_path(path: Path) -> PchipInterpolator:
@@ -222,13 +223,13 @@ class ViewLimit:
         self.high = torch.tensor([max(seen[1], known[1]) for seen, known in zip(ranges, VERIFIED_DEG, strict=True)])
         self.warned = False
 
-    def __call__(self, camera: Camera) -> Camera:
-        """Return the cameras, those outside moved to about the nearest good view; says so once."""
+    def __call__(self, camera: Camera, *, quiet: bool = False) -> Camera:
+        """Return the cameras, those outside moved to about the nearest good view; says so once, unless it should be quiet."""
         angles = view_angles(camera.cam2world[:, :3, :3]).rad2deg()
         excess = (angles - self.high).clamp_min(0) - (self.low - angles).clamp_min(0)
         if not bool((excess.abs() > 1e-3).any()):
             return camera
-        if not self.warned:
+        if not self.warned and not quiet:
             self.warned = True
             spans = ", ".join(
                 f"{name} {low:.0f} to {high:.0f}" for name, low, high in zip(("yaw", "pitch", "roll"), self.low, self.high, strict=True)
