@@ -76,7 +76,7 @@ def test_framed_heads_stay_in_the_middle_and_enlarged_faces_do():
     torch.testing.assert_close(framed.intrinsics[1], camera.intrinsics[1])  # in front nothing changes
     torch.testing.assert_close(g.project(torch.zeros(2, 1, 3), framed), torch.full((2, 1, 2), 0.5))
     enlarged = Camera(cam2world=camera.cam2world, intrinsics=g.intrinsics_matrix(4 * g.CAMERA_FOCAL).expand(2, 3, 3))
-    torch.testing.assert_close(g.project(torch.tensor([0.0, 0.0, 0.15]).expand(2, 1, 3), g.framed(enlarged)), torch.full((2, 1, 2), 0.5))
+    torch.testing.assert_close(g.project(torch.tensor([0.0, -0.0675, 0.15]).expand(2, 1, 3), g.framed(enlarged)), torch.full((2, 1, 2), 0.5))
 
 
 def test_projection_of_a_point_by_hand():

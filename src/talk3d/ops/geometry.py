@@ -20,6 +20,8 @@ HEAD_PIVOT = (0.0, 0.0, 0.2)
 """The point of the head that EG3D's cameras look at, scene units."""
 FACE_MIDDLE = (0.0, 0.0, 0.15)
 """Of the skin between eyes and mouth, about, scene units."""
+ABOVE_LIPS = (0.0, -0.09, 0.2)
+"""Between nose and mouth, scene units: towards it faces are enlarged."""
 SPINE_TOP = (0.0, -0.15, -0.06)
 """Round which heads turn, scene units: of all points fixed to the head cameras see it move least, within 0.05 for five rendered people and a real
 one."""
@@ -261,10 +263,10 @@ def framed(camera: Camera) -> Camera:
     """Move the crops of cameras so that the middle of the head, at the scene's origin, is in their middle.
 
     The point that EG3D's cameras look at lies in the face, so that a head seen from the side would lean out of the picture. The larger
-    the head is shown, the nearer to that point is what is in the middle.
+    the head is shown, the nearer to the mouth is what is in the middle.
     """
     zoom = camera.intrinsics[..., 0, 0] / CAMERA_FOCAL
-    aim = (1 - 1 / zoom).clamp_min(0)[..., None] * zoom.new_tensor(HEAD_PIVOT)
+    aim = (1 - 1 / zoom).clamp_min(0)[..., None] * zoom.new_tensor(ABOVE_LIPS)
     offset = project(aim[..., None, :].to(camera.cam2world), camera)[..., 0, :] - 0.5
     intrinsics = camera.intrinsics.clone()
     intrinsics[..., :2, 2] -= offset.to(intrinsics)
