@@ -39,6 +39,7 @@ HEADER_FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {
 }
 """What the header of each kind of file must hold."""
 _LARGEST_SETTING = 2**20
+_UNREADABLE = (SafetensorError, OSError, ValueError, RecursionError)
 _FACTORIES = {torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn, torch.arange}
 
 
@@ -72,7 +73,7 @@ def load_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, An
         with safe_open(path, framework="pt") as file:
             header = _header(file)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+    except _UNREADABLE as error:
         raise WeightsError(f"{path} is no saved {kind}, or a damaged one ({error}): give the path of one, or save or fetch it again") from error
     if header.get("kind") != kind:
         raise WeightsError(f"{path} holds {header.get('kind') or 'something else'}, expected a talk3d {kind}: give the path of a saved {kind}")
@@ -88,7 +89,7 @@ def saved_kind(path: Path) -> str | None:
     try:
         with safe_open(path, framework="pt") as file:
             return _header(file).get("kind")
-    except (SafetensorError, OSError, ValueError, RecursionError):
+    except _UNREADABLE:
         return None
 
 

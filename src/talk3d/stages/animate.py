@@ -220,10 +220,9 @@ class Scene:
         frames, audio = heard
         acts = self.actor.at(frames)
         camera = self.views.at(frames)
-        intrinsics = self.views.framed(self._limited(camera)).intrinsics  # of the still head: where it moves, it moves in the picture
-        if bool(acts.turn.any()):
-            camera = held(camera, acts.head_pose, acts.turn)
-        camera = Camera(cam2world=self._limited(camera, quiet=True).cam2world, intrinsics=intrinsics).to(self.device)
+        still = self._limited(camera)
+        moved = self._limited(held(camera, acts.head_pose, acts.turn), quiet=True) if bool(acts.turn.any()) else still
+        camera = Camera(cam2world=moved.cam2world, intrinsics=self.views.framed(still).intrinsics).to(self.device)  # a head moves in the picture
         driving = Driving(audio=audio, blink=acts.blink, head_pose=acts.head_pose, anchors=acts.anchors, upper_face=acts.upper_face)
         return self.model.render(driving.to(self.device), camera)
 

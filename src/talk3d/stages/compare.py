@@ -14,7 +14,7 @@ from torch import Tensor
 from talk3d.errors import ConfigError
 from talk3d.io.media import read_video, scan_video
 from talk3d.metrics.film import load_networks, measure_film
-from talk3d.metrics.report import Films, Measure, Report, Row
+from talk3d.metrics.report import Films, Measure, Report, Row, definition_of
 from talk3d.models.avatar import Avatar
 from talk3d.stages.evaluate import NUM_SHOWN, TRUTH, curves_of, driven_by, facts_of, held_out, open_bench, watcher
 from talk3d.stages.views import make_scene, real_pictures
@@ -113,8 +113,7 @@ def ranked_by(columns: Mapping[str, Sequence[Measure]], truth: Sequence[Measure]
     """Return those of `RANKED` that all competitors have and, where they should be near to the real film's, the real film has."""
     has = [{entry.name for entry in column if entry.value is not None} for column in columns.values()]
     real = {entry.name for entry in truth if entry.value is not None}
-    better = {entry.name: entry.better for column in columns.values() for entry in column}
-    return [name for name in RANKED if all(name in known for known in has) and (better[name] != "as real" or name in real)]
+    return [name for name in RANKED if all(name in known for known in has) and (definition_of(name).better != "as real" or name in real)]
 
 
 def rank(columns: Mapping[str, Sequence[Measure]], truth: Sequence[Measure]) -> dict[str, float]:
