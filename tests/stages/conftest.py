@@ -93,7 +93,7 @@ def tiny_avatar() -> Avatar:
         generator = TriplaneGenerator(TINY).eval()
         ws = generator.mapping(torch.randn(1, TINY.z_dim))
         personalized = PersonalizedGenerator.from_generator(generator, ws, {})
-        count = torch.arange(NUM_PERFORMED, dtype=torch.float32)
+        count, side = torch.arange(NUM_PERFORMED, dtype=torch.float32), personalized.renderer.renderer_config.superresolution.output_side
         avatar = Avatar(
             personalized=personalized,
             config=TINY_AVATAR,
@@ -104,7 +104,7 @@ def tiny_avatar() -> Avatar:
                 anchors=count[:, None].repeat(1, 6) / 10,
                 upper_face=count[:, None].repeat(1, 5) / 100,
             ),
-            background=torch.zeros(3, 32, 32),
+            background=torch.zeros(3, side, side),
             audio_source="logmel64",
             fps=25.0,
             provenance={},

@@ -412,7 +412,6 @@ def test_nothing_is_left_where_writing_fails(make_avatar, tmp_path: Path) -> Non
 
 def test_the_real_networks_speak_the_same_in_any_batch(tiny_avatar) -> None:
     side = tiny_avatar.resolution
-    tiny_avatar.background = torch.zeros(3, side, side)
     one, four = (np.stack(list(animate(tiny_avatar, sound(0.4), config=AnimateConfig(batch_size=size)))).astype(int) for size in (1, 4))
     assert one.shape == (10, side, side, 3)
     assert np.abs(one - four).max() <= 1

@@ -85,8 +85,7 @@ def test_the_front_plane_is_drawn_as_it_lies_in_the_head() -> None:
     assert float(drawn[:, -4:].mean()) > 0.9 and float(drawn[:, :20].mean()) == 0
 
 
-def test_attention_is_shown_for_every_token(tiny_avatar: Avatar, clip_of: Callable[..., Clip], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(tiny_avatar._buffers, "background", torch.zeros(3, tiny_avatar.resolution, tiny_avatar.resolution))
+def test_attention_is_shown_for_every_token(tiny_avatar: Avatar, clip_of: Callable[..., Clip]) -> None:
     bench = a_bench(tiny_avatar, clip_of(side=32))
     rows = attention_rows(bench, torch.tensor([12, 14]))
     assert len(rows) == 2 and len(rows[0]) == 1 + len(TOKENS)
